@@ -1,0 +1,64 @@
+"""Chunks: what one write fills, and what a reader fetches.
+
+Three wishes meet here. No chunk is written twice. A restore onto the target mesh reads each byte once. A block of source rows is read
+once. The zarr sharding codec grants all three: the *chunk* is what is written at once, in a shape whose source is whole rows, and the
+*inner* chunks in it divide the shards of the mesh.
+
+A chunk starts as the whole tensor and is cut until it fits the limit, first along dims whose axes are in the source's name (layers,
+experts: another tensor, not another part of one), then along the slowest dim of the source, so that the part of each source tensor that a
+chunk needs stays one block of rows.
+"""
+
+import math
+from collections.abc import Sequence
+
+from shardconv.axes import Address, Dim
+
+Shape = tuple[int, ...]
+
+
+def choose_chunk(shape: Shape, *, itemsize: int, limit: int, shards: Shape, order: Sequence[int]) -> tuple[Shape, Shape]:
+    """The chunk of at most `limit` bytes, cut along dims in `order`, and its inner chunk.
+
+    >>> choose_chunk((4096, 32, 14336), itemsize=2, limit=64 << 20, shards=(8, 1, 1), order=(1, 2, 0))
+    ((4096, 1, 7168), (512, 1, 7168))
+    """
+    chunk = list(shape)
+    for dim in order:
+        size = math.prod(chunk) * itemsize
+        if size <= limit:
+            break
+        most = max(limit * chunk[dim] // size, 1)
+        chunk[dim] = _side(shape[dim], shape[dim] // shards[dim], most)
+    inner = (math.gcd(c, n // count) if count > 1 else c for c, n, count in zip(chunk, shape, shards, strict=True))
+    return tuple(chunk), tuple(inner)
+
+
+def _side(size: int, shard: int, most: int) -> int:
+    """The longest side of at most `most` that fits both the dim and its shards.
+
+    It divides the shard or is several shards, so that an inner chunk need not be shorter. A dim that is not split among shards and has
+    no divisor near (a prime vocabulary) is cut evenly instead, with a shorter chunk at the end.
+    """
+    fitting = [n for n in _divisors(shard) if n <= most] + [n * shard for n in _divisors(size // shard) if n * shard <= most]
+    best = max(fitting)
+    if shard == size and 2 * best < most:
+        best = -(-size // -(-size // most))
+    return best
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in small]
+
+
+def cut_order(target: Address, source: Address) -> tuple[int, ...]:
+    """The dims of the target in the order in which cutting them costs the source least."""
+    slowness = [digit.axis for hole in source.holes for digit in hole.dim]
+    slowness += [digit.axis for dim in source.dims for digit in dim]
+    dims = range(len(target.dims))
+    return tuple(sorted(dims, key=lambda dim: _slowest(target.dims[dim], slowness)))
+
+
+def _slowest(dim: Dim, slowness: Sequence[str]) -> int:
+    return min((slowness.index(digit.axis) for digit in dim), default=len(slowness))
