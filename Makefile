@@ -1,0 +1,45 @@
+# make demo   convert a checkpoint of about 1 GB, made on the spot
+# make test   lint, types and tests
+# make lint   lint and types only
+# make clean  remove what these leave behind
+#
+# Each sets up what it needs under .venv, once, and again when pyproject.toml changes.
+# On another Python, without torch: make test PYTHON=python3.12 EXTRAS=test
+
+SHELL := /bin/sh
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+EXTRAS ?= dev
+PYTEST_ARGS ?=
+
+PLAIN := .venv/plain-$(notdir $(PYTHON))
+FULL := .venv/$(EXTRAS)-$(notdir $(PYTHON))
+
+.PHONY: demo test lint clean
+
+demo: $(PLAIN)/.ready
+	$(PLAIN)/bin/python -m shardconv.demo build/demo
+
+test: lint
+	$(FULL)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(FULL)/.ready
+	$(FULL)/bin/ruff check .
+	$(FULL)/bin/mypy
+
+clean:
+	rm -rf .venv build shardconv.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamp is written last, so that an interrupted installation is not taken for one.
+define install
+	@test -n "$(PYTHON)" || { echo "shardconv needs Python 3.11 or later, and none was found"; exit 1; }
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --editable '$(2)'
+	@touch $(1)/.ready
+endef
+
+$(PLAIN)/.ready: pyproject.toml
+	$(call install,$(PLAIN),.)
+
+$(FULL)/.ready: pyproject.toml
+	$(call install,$(FULL),.[$(EXTRAS)])
