@@ -1,0 +1,5 @@
+"""`python -m shardconv`."""
+
+from shardconv.cli import main
+
+main()

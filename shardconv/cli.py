@@ -1,0 +1,193 @@
+"""The command line: what may be typed, and which function it calls.
+
+A command loads the config, calls one function and shows what it returns; it computes nothing. What a command needs is imported when it
+runs, so that `shardconv --help` and `shardconv plan` start without JAX, Ray and TensorStore (a test holds them to it). Flags of `run` that
+have a key in the config are overrides of that key, so there is one truth. Exit codes are `shardconv.errors.ExitCode`; see `shardconv.door`.
+"""
+
+import json
+import os
+import sys
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shardconv import __version__
+from shardconv.budget import parse_size
+from shardconv.config import RunOptions, load_config
+from shardconv.door import Door, enter
+from shardconv.errors import ConfigError, Problem, RunError
+
+HELP = """Convert PyTorch and safetensors checkpoints into sharded Orbax checkpoints, in bounded memory.
+
+Exit codes: 0 done; 2 usage or config; 3 the source is not as it should be; 4 a check failed; 5 stopped, and can be resumed."""
+
+app = typer.Typer(cls=Door, help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file; `shardconv init` writes one.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set target.dtype=bfloat16")]
+Json = Annotated[bool, typer.Option("--json", help="The same as JSON, on stdout.")]
+
+
+def main() -> None:
+    """The program `shardconv`."""
+    enter(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"shardconv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    del version  # its callback has done everything
+
+
+def _console() -> Console:
+    # Names of sections and shapes have square brackets, which rich would take for its own.
+    return Console(markup=False, highlight=False)
+
+
+def _echo_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Set = None, as_json: Json = False) -> None:
+    """Show what a run would read, write and need; reads headers only and writes nothing."""
+    loaded = load_config(config, overrides or ())
+    from shardconv.planning import plan_from_config
+    from shardconv.report import plan_json, print_plan
+
+    found = plan_from_config(loaded)
+    if as_json:
+        _echo_json(plan_json(found))
+    else:
+        print_plan(found, _console())
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Set = None,
+    address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help='A Ray cluster; "local" starts one here.')] = None,
+    executor: Annotated[Literal["ray", "local"] | None, typer.Option(help="Who does the work.")] = None,
+    memory_budget: Annotated[str | None, typer.Option(metavar="SIZE", help='Memory for each worker\'s buffers, such as "2GiB".')] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run has finished.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per unit.")] = False,
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="Progress as one JSON object per line.")] = False,
+) -> None:
+    """Convert. Run it again after an interruption: it goes on from what is finished."""
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose exclude each other")
+    flags = {"workers.address": address, "workers.executor": executor, "workers.memory_budget": memory_budget}
+    # TOML strings, so that no address or size is taken for a number.
+    said = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    loaded = load_config(config, [*(overrides or ()), *said])
+    from shardconv.run.driver import run as run_config
+
+    options = RunOptions(restart=restart, overwrite=overwrite, verbosity=int(verbose) - int(quiet), json_logs=json_logs)
+    try:
+        run_config(loaded, options)
+    except KeyboardInterrupt:
+        kept = Problem("finished units are kept", "the same command goes on from them; --restart discards them")
+        raise RunError("interrupted", [kept]) from None
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint to convert, or an Orbax checkpoint.")],
+    match: Annotated[str | None, typer.Option(metavar="GLOB", help="Only names that match, such as '*.q_proj.*'.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the tensors of a checkpoint: names, shapes, dtypes, bytes, files; reads headers only."""
+    from shardconv.inspecting import inspect as inspect_path
+    from shardconv.report import listing_json, print_listing
+
+    listing = inspect_path(path, match)
+    if as_json:
+        _echo_json(listing_json(listing))
+    else:
+        print_listing(listing, _console())
+
+
+@app.command()
+def families(as_json: Json = False) -> None:
+    """List the model families."""
+    from shardconv.families import families as known
+
+    if as_json:
+        _echo_json([{"name": f.name, "title": f.title, "architectures": list(f.architectures)} for f in known().values()])
+        return
+    table = Table("family", "models", "architectures in config.json", box=None)
+    for family in known().values():
+        table.add_row(family.name, family.title, ", ".join(family.architectures))
+    _console().print(table)
+
+
+@app.command()
+def layouts() -> None:
+    """List the layouts."""
+    from shardconv.layouts import LAYOUTS
+
+    table = Table("layout", "what it is", box=None)
+    for name, function in LAYOUTS.items():
+        table.add_row(name, (sys.modules[function.__module__].__doc__ or "").partition("\n")[0])
+    _console().print(table)
+
+
+@app.command()
+def init(
+    hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="A directory with the model's config.json.")],
+    layout: Annotated[str, typer.Option(help="Whose names and shapes to write; `shardconv layouts` lists them.")],
+    output: Annotated[str | None, typer.Option(metavar="FILE", help="The config to write; named after HF_DIR if left out.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+) -> None:
+    """Write a complete, commented config from a checkpoint's own config.json."""
+    from shardconv.init import write_config
+
+    path = output or f"{os.path.basename(os.path.abspath(hf_dir))}.toml"
+    write_config(hf_dir, layout, path, force)
+    typer.echo(f"wrote {path}; next: shardconv plan {path}")
+
+
+@app.command()
+def synth(
+    hf_config: Annotated[str, typer.Argument(metavar="CONFIG_JSON", help="A model's config.json, or a directory with one.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The directory to write.")],
+    sparse: Annotated[bool, typer.Option("--sparse", help="Headers only: files of full length that take no space.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most bytes of tensors in a file.")] = "5GB",
+) -> None:
+    """Write a checkpoint of random weights, or of headers only, for tests and benchmarks."""
+    from shardconv.synth import synthesise
+
+    try:
+        most = parse_size(shard_size)
+    except ValueError as error:
+        raise ConfigError("cannot write the checkpoint", [Problem(f'--shard-size "{shard_size}"', f"expected {error}")]) from None
+    synthesise(hf_config, out, sparse=sparse, seed=seed, dtype=dtype, shard_bytes=most)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, memory and disk, and what is wrong with them."""
+    from shardconv.doctor import findings
+
+    found = findings(os.getcwd())
+    table = Table(box=None, show_header=False)
+    for finding in found:
+        table.add_row(finding.name, finding.value)
+    _console().print(table)
+    problems = [finding.problem for finding in found if finding.problem]
+    if problems:
+        raise ConfigError("shardconv cannot run here", problems)
