@@ -24,13 +24,16 @@ from shardconv.errors import InputError, Problem
 from shardconv.family import Layout, Model, Param, Slot
 from shardconv.formats import StoredTensor
 from shardconv.route import Piece, pieces
-from shardconv.runs import byte_runs
+from shardconv.runs import RUNS_PER_REQUEST, byte_runs, coalesce
 from shardconv.sharding import MeshRules, Spec, misfits, partition, shards
 from shardconv.source import Source
 from shardconv.values import ValueRule, is_exact, is_float
 
 # Copies of a chunk that a worker holds besides the source rows: the one being filled, the one being written, and the encoder's.
 COPIES = 3
+
+# Bytes between two runs of a box that are read, and thrown away, to save a request: about what a request to a local disk costs.
+READ_GAP = 64 << 10
 
 # A unit is about this fraction of the whole, within these bounds: small enough that workers finish together and little is repeated after
 # a crash, large enough that opening a database and syncing it (some 20 ms) do not show.
@@ -102,9 +105,8 @@ class Leaf:
     @property
     def peak_bytes(self) -> int:
         """What one worker holds while it makes the largest chunk."""
-        elements = math.prod(self.chunk)
         widest = max(dtype_of_code(part.stored).numpy.itemsize for part in self.parts)
-        return elements * (COPIES * self.itemsize + widest)
+        return math.prod(self.chunk) * _held(self.itemsize, widest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ class _Builder:
     def _leaf(self, slot: Slot, name: str, part: Part, dtype: str, spec: Spec) -> Leaf:
         shape, memory = part.target.shape, dtype_named(dtype).numpy.itemsize
         stored = dtype_of_code(part.stored)
-        limit = self.options.memory_budget * memory // (COPIES * memory + stored.numpy.itemsize)
+        limit = self.options.memory_budget // _held(memory, stored.numpy.itemsize) * memory
         chunk, inner = choose_chunk(
             shape,
             itemsize=memory,
@@ -251,6 +253,11 @@ class _Builder:
             self.problems.append(Problem(f"{name} is {part.stored}, but the layout scales it", 'use target.layout = "flat"'))
             return None
         return dtype_of_code(part.stored).name if wanted == "source" or not floats else wanted
+
+
+def _held(itemsize: int, stored: int) -> int:
+    """Bytes that a worker holds for each element of a chunk; rows are converted in place, in the wider of the two dtypes."""
+    return COPIES * itemsize + max(itemsize, stored)
 
 
 def _agree(a: Mapping[str, int], b: Mapping[str, int]) -> bool:
@@ -319,8 +326,9 @@ class _ChunkCosts:
         read = requests = 0
         for _, piece in leaf_pieces(self._leaf, box):
             tensor = self._stored[piece.key]
-            for _, length in byte_runs(tensor.shape, piece.box, bits=dtype_of_code(tensor.dtype).bits):
-                read, requests = read + length, requests + 1
+            runs = byte_runs(tensor.shape, piece.box, bits=dtype_of_code(tensor.dtype).bits)
+            for group in coalesce(runs, gap=READ_GAP, most=RUNS_PER_REQUEST):
+                read, requests = read + sum(group[-1]) - group[0][0], requests + 1
         return _Cost(read, math.prod(box_shape(box)) * self._leaf.itemsize, requests)
 
 

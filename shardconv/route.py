@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardconv.axes import Address, Digit, Dim, encode
+from shardconv.axes import Address, Dim, encode
 from shardconv.boxes import Box, Interval
 from shardconv.copying import copy
 
@@ -31,6 +31,15 @@ class Piece:
     region: Box  # the part of the output buffer
     split: tuple[int, ...]  # that part, viewed by target digits
     within: Box  # the places among those digits that this piece fills
+
+    def is_plain(self, shape: tuple[int, ...]) -> bool:
+        """Whether the piece is all of an output buffer of this shape, element after element as it is stored."""
+        if any(side != (0, n) for side, n in zip(self.region, shape, strict=True)):
+            return False
+        if any(side != (0, n) for side, n in zip(self.within, self.split, strict=True)):
+            return False
+        moved = [place for place in self.order if self.digits[place] > 1]
+        return moved == sorted(moved)
 
     def land(self, block: np.ndarray, out: np.ndarray) -> None:
         """Copies `block`, the contents of `box`, to its places in `out`, the buffer of the whole target box."""
@@ -64,6 +73,7 @@ def pieces(target: Address, source: Address, index: Mapping[str, int], box: Box)
 def digit_boxes(dim: Dim, start: int, stop: int) -> Iterator[Box]:
     """Cuts [start, stop) into boxes of digits, each of the form (one, ..., one, a range, all, ..., all), hence contiguous.
 
+    >>> from shardconv.axes import Digit
     >>> list(digit_boxes((Digit("a", 5, 5), Digit("b", 10, 10)), 7, 43))
     [((0, 1), (7, 10)), ((1, 4), (0, 10)), ((4, 5), (0, 3))]
     """
@@ -131,7 +141,3 @@ def _side(dim: Dim, part: Box, origin: int) -> Interval:
         start = start * digit.radix + low
     return start - origin, start - origin + math.prod(stop - low for low, stop in part)
 
-
-def source_axes(source: Address) -> list[Digit]:
-    """The digits of a source address from the slowest in the file to the fastest, those in the name first."""
-    return [digit for hole in source.holes for digit in hole.dim] + [digit for dim in source.dims for digit in dim]

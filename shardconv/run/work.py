@@ -1,0 +1,141 @@
+"""One unit of work: read rows, put each element in its place, hash, write. A thin loop over the plan.
+
+The buffers belong to the worker's `Workspace` and are reused from chunk to chunk and from unit to unit, since fresh memory costs a page
+fault for every page: one for the rows of a piece, and two for chunks, so that one is filled while the other is being written. A piece
+that lies in its chunk as it lies in the file is read straight into place.
+"""
+
+import itertools
+import math
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shardconv.boxes import Box, box_shape, chunk_box
+from shardconv.dtypes import dtype_named, dtype_of_code, raw_view
+from shardconv.formats import StoredTensor
+from shardconv.formats.reading import Reader
+from shardconv.plan import READ_GAP, Leaf, Plan, Unit, leaf_pieces
+from shardconv.sinks.chunk_writer import UnitWriter
+from shardconv.sinks.direct import aligned_empty
+from shardconv.sinks.spec import ArraySpec, StoreOptions
+from shardconv.values import convert
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a finished unit took; `digests` are (leaf, chunk, xxh3_64 of the chunk's bytes in C order)."""
+
+    unit: int
+    attempt: str
+    bytes_read: int
+    bytes_needed: int
+    bytes_written: int
+    requests: int
+    chunks: int
+    files: int
+    seconds: float
+    cpu_seconds: float
+    peak_rss: int
+    pid: int
+    host: str
+    digests: tuple[tuple[int, int, str], ...]
+
+
+@dataclass
+class Workspace:
+    """The buffers of one worker process, by name; each grows to the largest array it was asked for."""
+
+    buffers: dict[str, Array] = field(default_factory=dict)
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An uninitialised C-ordered array over buffer `name`, which starts on a page."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if name not in self.buffers or self.buffers[name].nbytes < nbytes:
+            self.buffers.pop(name, None)  # freed before the larger one is made
+            self.buffers[name] = aligned_empty((nbytes,), "uint8")
+        return self.buffers[name][:nbytes].view(dtype).reshape(shape)
+
+
+def do_unit(
+    plan: Plan,
+    unit: Unit,
+    stage: str,
+    attempt: str,
+    options: StoreOptions,
+    tick: Callable[[int], None],
+    workspace: Workspace,
+) -> Done:
+    """Makes every chunk of a unit and writes it under `attempt`; durable on return. `tick` hears the bytes of each chunk."""
+    started, cpu = time.perf_counter(), time.process_time()
+    digests = []
+    turns = itertools.cycle(("chunk", "other chunk"))
+    with Reader(plan.source.root, coalesce_gap=READ_GAP) as reader, UnitWriter(stage, attempt, options) as writer:
+        for span in unit.spans:
+            leaf = plan.leaves[span.leaf]
+            spec = array_spec(leaf)
+            for number in range(span.start, span.stop):
+                box = chunk_box(leaf.shape, leaf.chunk, number)
+                out = workspace.array(next(turns), box_shape(box), dtype_named(leaf.dtype).numpy)
+                make_box(leaf, box, plan.source.tensors, reader, workspace, out)
+                digests.append((span.leaf, number, xxhash.xxh3_64_hexdigest(raw_view(out))))
+                writer.write(spec, box, out)
+                tick(out.nbytes)
+        written = writer.finish()
+        read = reader.counts
+    return Done(
+        unit=unit.number,
+        attempt=attempt,
+        bytes_read=read.bytes_read,
+        bytes_needed=read.bytes_needed,
+        bytes_written=written.bytes_written,
+        requests=read.requests,
+        chunks=written.chunks,
+        files=written.files,
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu,
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        digests=tuple(digests),
+    )
+
+
+def array_spec(leaf: Leaf) -> ArraySpec:
+    """The leaf as the store sees it."""
+    return ArraySpec(leaf.path, leaf.shape, leaf.dtype, leaf.chunk, leaf.inner)
+
+
+def make_box(
+    leaf: Leaf, box: Box, stored: Mapping[str, StoredTensor], reader: Reader, workspace: Workspace, out: Array
+) -> None:
+    """Fills `out`, of the box's shape and the leaf's dtype, with a box of a leaf."""
+    if leaf.zeros:
+        raw_view(out).fill(0)
+    for part, piece in leaf_pieces(leaf, box):
+        tensor = stored[piece.key]
+        source, shape = dtype_of_code(tensor.dtype).numpy, box_shape(piece.box)
+        moves = part.rule.moves and source == out.dtype
+        if moves and piece.is_plain(out.shape):
+            reader.read(tensor, piece.box, out.reshape(shape))
+            continue
+        # Rows are read into the end of a buffer as wide as the wider dtype and converted to its front, slab by slab, in place.
+        count = math.prod(shape)
+        rows = workspace.array("rows", (count * max(source.itemsize, out.itemsize),), np.dtype(np.uint8))
+        block = rows[rows.size - count * source.itemsize :].view(source).reshape(shape)
+        reader.read(tensor, piece.box, block)
+        if not moves:
+            converted = rows[: count * out.itemsize].view(out.dtype).reshape(shape)
+            convert(block, part.rule, converted)
+            block = converted
+        piece.land(raw_view(block), raw_view(out))
