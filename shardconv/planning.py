@@ -2,17 +2,23 @@
 
 from shardconv.budget import default_budget, this_machine
 from shardconv.config import Config
+from shardconv.coverage import TIED, is_tied
 from shardconv.errors import InputError, Problem
 from shardconv.families import find
-from shardconv.family import LayoutOptions, bind
+from shardconv.family import LayoutOptions, Model, bind
 from shardconv.layouts import LAYOUTS
 from shardconv.plan import Plan, PlanOptions, make_plan
 from shardconv.sharding import MeshRules
-from shardconv.source import open_source
+from shardconv.source import Source, open_source
+from shardconv.ties import same_bytes
 
 
-def plan_from_config(config: Config, ends_equal: bool | None = None) -> Plan:
-    """Plans a conversion; see `shardconv.plan.PlanOptions` for `ends_equal`. Raises InputError with all that is wrong."""
+def plan_from_config(config: Config, *, compare_ends: bool = False) -> Plan:
+    """Plans a conversion; raises InputError with all that is wrong.
+
+    `compare_ends` reads the embedding and the output projection where config.json calls them tied and both are there; without it
+    nothing but headers is read, and they are taken as equal.
+    """
     source = open_source(config.source.path)
     if source.config is None:
         fact = f"{source.root} has no config.json"
@@ -28,9 +34,16 @@ def plan_from_config(config: Config, ends_equal: bool | None = None) -> Plan:
         mesh=MeshRules(config.mesh.axes, config.mesh.rules),
         chunk_bytes=config.output.chunk_bytes,
         memory_budget=worker_budget(config),
-        ends_equal=ends_equal,
+        ends_equal=_ends_equal(source, model) if compare_ends else None,
     )
     return make_plan(source, model, LAYOUTS[target.layout](model, chosen), options)
+
+
+def _ends_equal(source: Source, model: Model) -> bool | None:
+    keys = [param.key for param in model.params if param.name in ("embed", TIED)]
+    if not is_tied(model, source.tensors, None) or not all(key in source.tensors for key in keys):
+        return None
+    return same_bytes(source.root, source.tensors[keys[0]], source.tensors[keys[1]])
 
 
 def worker_budget(config: Config) -> int:
