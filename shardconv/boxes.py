@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from types import EllipsisType
 
 Interval = tuple[int, int]
 Box = tuple[Interval, ...]
@@ -26,9 +27,13 @@ def box_size(box: Box) -> int:
     return math.prod(stop - start for start, stop in box)
 
 
-def slices(box: Box) -> tuple[slice, ...]:
-    """The box as NumPy takes it."""
-    return tuple(slice(start, stop) for start, stop in box)
+def slices(box: Box) -> tuple[EllipsisType | slice, ...]:
+    """The box as NumPy takes it, with `...`, without which the box of a scalar would give a number, not a view.
+
+    >>> slices(((0, 2), (3, 4)))
+    (Ellipsis, slice(0, 2, None), slice(3, 4, None))
+    """
+    return (..., *(slice(start, stop) for start, stop in box))
 
 
 def grid_shape(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
@@ -41,13 +46,16 @@ def grid_shape(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
 
 
 def chunk_box(shape: Sequence[int], chunk: Sequence[int], number: int) -> Box:
-    """The box of chunk `number`, counted in row-major order of the grid, clipped to the array.
+    """The box of chunk `number`, counted in row-major order of the grid, clipped to the array; IndexError outside the grid.
 
     >>> chunk_box((5, 4), (2, 4), 2)
     ((4, 5), (0, 4))
     """
+    grid = grid_shape(shape, chunk)
+    if not 0 <= number < math.prod(grid):
+        raise IndexError(f"there is no chunk {number} in a grid of {grid}")
     index = []
-    for count in reversed(grid_shape(shape, chunk)):
+    for count in reversed(grid):
         number, i = divmod(number, count)
         index.append(i)
     return tuple((i * c, min((i + 1) * c, n)) for i, c, n in zip(reversed(index), chunk, shape, strict=True))

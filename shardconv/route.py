@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardconv.axes import Address, Dim, encode
-from shardconv.boxes import Box, Interval
+from shardconv.boxes import Box, Interval, box_shape, box_size, slices
 from shardconv.copying import copy
 
 
@@ -43,13 +43,13 @@ class Piece:
 
     def land(self, block: np.ndarray, out: np.ndarray) -> None:
         """Copies `block`, the contents of `box`, to its places in `out`, the buffer of the whole target box."""
-        target = out[tuple(slice(*interval) for interval in self.region)].reshape(self.split, copy=False)
-        target = target[tuple(slice(*interval) for interval in self.within)]
+        region = out[slices(self.region)].reshape(self.split, copy=False)
+        target = region[slices(self.within)]
         copy(target, block.reshape(self.digits).transpose(self.order).reshape(target.shape))
 
 
 def pieces(target: Address, source: Address, index: Mapping[str, int], box: Box) -> Iterator[Piece]:
-    """Pushes `box` of the target tensor whose name spells `index` down to boxes of source tensors.
+    """Pushes `box` of the target tensor whose name spells `index` down to boxes of source tensors; both are over the same axes.
 
     >>> from shardconv.axes import address
     >>> axes = {"layers": 2, "heads": 2, "embed": 3}
@@ -77,12 +77,14 @@ def digit_boxes(dim: Dim, start: int, stop: int) -> Iterator[Box]:
     >>> list(digit_boxes((Digit("a", 5, 5), Digit("b", 10, 10)), 7, 43))
     [((0, 1), (7, 10)), ((1, 4), (0, 10)), ((4, 5), (0, 3))]
     """
+    if start >= stop:
+        return
     if not dim:
         yield ()
         return
     inner = math.prod(digit.radix for digit in dim[1:])
     first, last = start // inner, (stop - 1) // inner
-    if first == last and (start % inner or stop % inner):
+    if first == last and stop - start < inner:
         for rest in digit_boxes(dim[1:], start - first * inner, stop - first * inner):
             yield ((first, first + 1), *rest)
         return
@@ -123,10 +125,10 @@ def _piece(
     return Piece(
         key=source.key(first),
         box=tuple((encode(dim, first), encode(dim, last) + 1) for dim in source.dims),
-        digits=tuple(ranges[axis][1] - ranges[axis][0] for axis in stored),
+        digits=box_shape(tuple(ranges[axis] for axis in stored)),
         order=(*order, *(place for place in range(len(stored)) if place not in order)),
         region=tuple(_side(dim, part, side[0]) for dim, part, side in zip(target.dims, cover, box, strict=True)),
-        split=tuple(stop - start for start, stop in cut),
+        split=box_shape(tuple(cut)),
         within=tuple(
             (ranges[digit.axis][0] + digit.offset - start, ranges[digit.axis][1] + digit.offset - start)
             for digit, (start, _) in zip(wanted, cut, strict=True)
@@ -139,5 +141,5 @@ def _side(dim: Dim, part: Box, origin: int) -> Interval:
     start = 0
     for digit, (low, _) in zip(dim, part, strict=True):
         start = start * digit.radix + low
-    return start - origin, start - origin + math.prod(stop - low for low, stop in part)
+    return start - origin, start - origin + box_size(part)
 
