@@ -1,86 +1,95 @@
 """The hot kernel: a strided copy that keeps to the cache.
 
 `out[...] = x.T` walks one side with a large stride, so that every element of two bytes costs a cache line of 64: 0.3 GB/s a core. Here
-axes that are contiguous on both sides are merged first; if then the two sides run fastest along different axes, the copy goes tile by
-tile through a contiguous scratch that stays in the cache: 2 GB/s. NumPy moves one element a nanosecond in such a copy, whatever its
-width, so elements of one or two bytes are transposed as words of four and taken apart by truncating casts, which run at the speed of the
-cache: 3 GB/s for two bytes.
+the copy goes tile by tile through a scratch that stays in the cache: 3 GB/s. The rows of a tile run along the axes that are fastest in
+`out`, its columns along those that are fastest in `block`, each over as many axes as it takes to make them long. So the two halves of
+RoPE, `(half pair)` to `(pair half)`, meet in the scratch, and `out` is still written in long runs.
+
+Where both sides run fastest along the same axis, NumPy's own copy is as fast as memory and nothing is tiled.
 """
 
-import sys
+import itertools
+import math
 
 import numpy as np
 
-# A tile's rows (along which `out` is contiguous) and columns (along which `block` is), in elements: long enough rows that the loop in
-# Python does not show, and the scratch of 512 x 128 two-byte elements, 128 KiB, in the second-level cache. Measured on 16-bit
-# elements: 256 x 256 2.7 GB/s, 512 x 128 3.0, 512 x 64 1.9, 128 x 128 1.7.
-ROWS, COLUMNS = 512, 128
+# A tile's rows, in elements, and the bytes of each: 256 KiB of two bytes an element, which the second-level cache holds. Measured on a
+# transpose of 4096 x 4096 such elements: 512 x 512 3.3 GB/s, 256 x 512 1.9, 512 x 256 2.5, 512 x 1024 2.8, 1024 x 1024 2.7.
+ROWS, WIDTH = 512, 512
 
 # Bytes that each scratch row is longer than its data: with rows of a power of two all of them would fall into the same cache sets.
-PAD = 64
+PAD = 16
 
 # Elements below which a plain strided copy is as fast as setting up tiles.
 SMALL = 1 << 14
 
-# The length from which an axis is worth a side of a tile.
+# The length from which it is better to go along an axis than to loop over it: a call costs as much as copying hundreds of elements.
 SHORT = 8
+
+Run = dict[int, int]  # axes, the fastest first, and how much of each is taken at once
 
 
 def copy(out: np.ndarray, block: np.ndarray) -> None:
-    """`out[...] = block` for equal shapes and dtypes, whatever the strides.
+    """`out[...] = block` for equal shapes and dtypes, whatever the strides; the two must not overlap.
 
     >>> out = np.empty((3, 2)); copy(out, np.arange(6.0).reshape(2, 3).T); out[:, 1].tolist()
     [3.0, 4.0, 5.0]
     """
-    out, block = _merged(out, block)
-    i, j = _fastest(out), _fastest(block)
-    if i == j or out.size < SMALL:
+    out, block = merged(out, block)
+    rows, columns = tile(out, block)
+    if not rows:
         out[...] = block
         return
-    order = [i, j, *(axis for axis in range(out.ndim) if axis not in (i, j))]
+    for run in rows, columns:
+        if math.prod(run.values()) < SHORT:
+            axis = next(iter(run))
+            for part in zip(np.moveaxis(out, axis, 0), np.moveaxis(block, axis, 0), strict=True):
+                copy(*part)
+            return
+    steps = rows | columns
+    order = [*(axis for axis in range(out.ndim) if axis not in steps), *reversed(rows), *reversed(columns)]
     out, block = out.transpose(order), block.transpose(order)
-    copy_tiles = _copy_words if _wordwise(block) else _copy_elements
-    for rest in np.ndindex(out.shape[2:]):
-        copy_tiles(out[(..., *rest)], block[(..., *rest)])
+    sides = [range(0, out.shape[place], steps.get(axis, 1)) for place, axis in enumerate(order)]
+    for start in itertools.product(*sides):
+        box = tuple(slice(at, at + side.step) for at, side in zip(start, sides, strict=True))
+        _turn(out[box], block[box], out.ndim - len(columns))
 
 
-def _copy_elements(out: np.ndarray, block: np.ndarray) -> None:
-    scratch = np.empty((ROWS, COLUMNS + PAD // out.itemsize), out.dtype)
-    for a in range(0, out.shape[0], ROWS):
-        for b in range(0, out.shape[1], COLUMNS):
-            part = block[a : a + ROWS, b : b + COLUMNS]
-            tile = scratch[: part.shape[0], : part.shape[1]]
-            tile[...] = part
-            out[a : a + ROWS, b : b + COLUMNS] = tile
+def tile(out: np.ndarray, block: np.ndarray) -> tuple[Run, Run]:
+    """The rows and the columns of a tile; both empty where a plain copy is as good.
+
+    A run shorter than SHORT, with nothing to lengthen it, is one to loop over.
+    """
+    if out.size < SMALL:
+        return {}, {}
+    i, j = _fastest(out)[0], _fastest(block)[0]
+    if i == j:
+        return ({}, {}) if out.shape[i] >= SHORT else ({i: out.shape[i]}, {})
+    rows = _run(out, ROWS, {j})
+    return rows, _run(block, WIDTH // out.itemsize, set(rows))
 
 
-def _wordwise(block: np.ndarray) -> bool:
-    """Whether the columns of `block` can be read as words of four bytes whose lowest lane is the first element."""
-    if sys.byteorder != "little" or block.dtype not in (np.uint8, np.uint16) or block.strides[1] != block.itemsize:
-        return False
-    starts = (block.ctypes.data, block.shape[1] * block.itemsize, block.strides[0], *block.strides[2:])
-    return all(start % 4 == 0 for start in starts)
+def _run(array: np.ndarray, length: int, taken: set[int]) -> Run:
+    """About `length` elements along the fastest axes of `array`, up to the first that is taken."""
+    run: Run = {}
+    for axis in _fastest(array):
+        if axis in taken or length < 2:
+            break
+        run[axis] = min(array.shape[axis], length)
+        length //= run[axis]
+    return run
 
 
-def _copy_words(out: np.ndarray, block: np.ndarray) -> None:
-    lanes = 4 // out.itemsize
-    words = block.view(np.uint32)
-    rows = np.empty((ROWS, (COLUMNS + PAD) // lanes), np.uint32)
-    columns = np.empty((COLUMNS // lanes, ROWS), np.uint32)
-    for a in range(0, out.shape[0], ROWS):
-        for b in range(0, out.shape[1], COLUMNS):
-            part = words[a : a + ROWS, b // lanes : (b + COLUMNS) // lanes]
-            tile = rows[: part.shape[0], : part.shape[1]]
-            tile[...] = part
-            turned = columns[: part.shape[1], : part.shape[0]]
-            turned[...] = tile.T
-            for lane in range(lanes):
-                place = out[a : a + ROWS, b + lane : b + COLUMNS : lanes]
-                np.copyto(place, turned.T, casting="unsafe")
-                turned >>= 8 * out.itemsize
+def _turn(out: np.ndarray, block: np.ndarray, rows: int) -> None:
+    """Copies one tile, whose first `rows` axes are its rows: in along the columns, out along the rows."""
+    shape = math.prod(block.shape[:rows]), math.prod(block.shape[rows:])
+    scratch = np.empty((shape[0], shape[1] + PAD // block.itemsize), block.dtype)
+    view = scratch[:, : shape[1]].reshape(block.shape, copy=False)
+    view[...] = block
+    out[...] = view
 
 
-def _merged(out: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def merged(out: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both arrays with every two neighbouring axes that are one run on both sides made one, and axes of length one dropped."""
     shape: list[int] = []
     strides: list[tuple[int, int]] = []
@@ -97,7 +106,6 @@ def _merged(out: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return view(out, shape, [a for a, _ in strides]), view(block, shape, [b for _, b in strides], writeable=False)
 
 
-def _fastest(array: np.ndarray) -> int:
-    """The axis of the smallest stride among those long enough for a tile: a short one (the two halves of RoPE) is better looped over."""
-    long = [axis for axis in range(array.ndim) if array.shape[axis] >= SHORT] or range(array.ndim)
-    return min(long, key=lambda axis: abs(array.strides[axis]), default=0)
+def _fastest(array: np.ndarray) -> list[int]:
+    """The axes of an array from the smallest stride to the largest."""
+    return sorted(range(array.ndim), key=lambda axis: abs(array.strides[axis]))
