@@ -27,6 +27,9 @@ from functools import lru_cache
 
 Axes = Mapping[str, int | tuple[str, ...] | str]
 
+# A number in a name. No axis is longer than 18 digits, and Python refuses to read a number of thousands.
+DECIMAL = "([0-9]{1,18})"
+
 
 @dataclass(frozen=True, slots=True)
 class Digit:
@@ -65,7 +68,7 @@ class Hole:
             value = self.labels.index(text) if text in self.labels else -1
         else:
             value = int(text) - self.start if str(int(text)) == text else -1
-        return decode(self.dim, value) if 0 <= value < math.prod(d.radix for d in self.dim) else None
+        return decode(self.dim, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ class Address:
         index: dict[str, int] = {}
         for hole, text in zip(self.holes, found.groups(), strict=True):
             part = hole.read(text)
-            if part is None or any(index.get(axis, i) != i for axis, i in part.items()):
+            if part is None:
                 return None
             index |= part
         return index
@@ -132,7 +135,7 @@ class Address:
 @lru_cache(maxsize=4096)
 def _pattern(address: Address) -> re.Pattern[str]:
     pieces = [re.escape(text) for text in address.name.split("{}")]
-    holes = ["(" + ("|".join(map(re.escape, hole.labels)) or "[0-9]+") + ")" for hole in address.holes]
+    holes = ["(" + "|".join(map(re.escape, hole.labels)) + ")" if hole.labels else DECIMAL for hole in address.holes]
     return re.compile("".join(text + hole for text, hole in itertools.zip_longest(pieces, holes, fillvalue="")))
 
 
@@ -145,7 +148,9 @@ def encode(dim: Dim, index: Mapping[str, int]) -> int:
 
 
 def decode(dim: Dim, value: int) -> dict[str, int] | None:
-    """The axis indices at a position along a dim, or None where it falls into room."""
+    """The axis indices at a position along a dim, or None where it falls into room or outside."""
+    if not 0 <= value < math.prod(digit.radix for digit in dim):
+        return None
     index: dict[str, int] = {}
     for digit in reversed(dim):
         value, place = divmod(value, digit.radix)
@@ -162,13 +167,17 @@ def address(name: str, dims: str, axes: Axes, part: int = 0) -> Address:
     ...         {"layers": 2, "heads": 8, "kv_heads": 2, "head_dim": 4, "embed": 16}, part=1).shape
     (48, 16)
     """
-    texts = re.findall(r"\{(.*?)\}", name)
-    holes = tuple(_hole(text, axes) for text in texts)
-    parsed = tuple(_dim(group, axes, part) for group in groups(dims))
-    used = [digit.axis for dim in parsed for digit in dim] + [d.axis for hole in holes for d in hole.dim]
-    if twice := {axis for axis in used if used.count(axis) > 1}:
-        raise ValueError(f"{name} [{dims}]: axis {', '.join(sorted(twice))} stands twice")
-    return Address(re.sub(r"\{.*?\}", "{}", name), holes, parsed)
+    try:
+        texts, holes = _template(name, axes)
+        parsed = tuple(_dim(group, axes, part) for group in groups(dims))
+        used = [digit.axis for dim in (*parsed, *(hole.dim for hole in holes)) for digit in dim]
+        if twice := sorted({axis for axis in used if used.count(axis) > 1}):
+            raise ValueError(f"axis {', '.join(twice)} stands twice")
+        if part and "|" not in dims:
+            raise ValueError(f"there is no sum to take part {part} of")
+    except ValueError as error:
+        raise ValueError(f"{name} [{dims}]: {error}") from None
+    return Address("{}".join(texts), holes, parsed)
 
 
 def groups(dims: str) -> list[str]:
@@ -179,70 +188,75 @@ def groups(dims: str) -> list[str]:
     """
     found, depth = [""], 0
     for character in dims:
+        if depth == 0 and character in " (|":
+            found.append("")
         depth += (character == "(") - (character == ")")
         if depth < 0:
             break
-        if character == " " and depth == 0:
-            found.append("")
-        else:
+        if depth or character != " ":
             found[-1] += character
+        if depth == 0 and character in ")|":
+            found.append("")
     if depth != 0:
-        raise ValueError(f"[{dims}]: the brackets do not match")
+        raise ValueError(f"the brackets of {dims!r} do not match")
     return [group for group in found if group]
 
 
+def _template(name: str, axes: Axes) -> tuple[list[str], tuple[Hole, ...]]:
+    """The texts of a name, and the holes between them."""
+    parts = re.split(r"\{(.*?)\}", name)
+    texts, holes = parts[::2], parts[1::2]
+    if any(brace in part for part in parts for brace in "{}"):
+        raise ValueError("the braces do not match")
+    if any(not text.strip("0123456789") for text in texts[1:-1]):
+        raise ValueError("two holes with nothing but digits between them can be read in two ways")
+    return texts, tuple(_hole(text, axes) for text in holes)
+
+
 def _hole(text: str, axes: Axes) -> Hole:
-    body, _, start = text.partition("+")
+    body, plus, start = text.partition("+")
     dim = tuple(digit for token in body.split() for digit in _axis(token, axes))
     if not dim:
-        raise ValueError(f"{{{text}}}: a hole needs an axis")
-    labels = axes.get(body.strip()) if len(dim) == 1 else None
-    return Hole(dim, _length(start.strip(), axes) if start else 0, labels if isinstance(labels, tuple) else ())
+        raise ValueError(f"{{{text}}} names no axis")
+    size = axes[dim[0].axis]
+    labels = size if len(dim) == 1 and isinstance(size, tuple) else ()
+    if plus and labels:
+        raise ValueError(f"{{{text}}}: labels take no offset")
+    return Hole(dim, _length([start.strip()], axes) if plus else 0, labels)
 
 
-def _dim(text: str, axes: Axes, part: int) -> Dim:
-    inner = text[1:-1] if text.startswith("(") else text
-    tokens = groups(inner)
-    if "|" in tokens:
-        return _sum(inner, axes, part)
-    return tuple(
-        digit
-        for token in tokens
-        if token != "1"
-        for digit in (_dim(token, axes, part) if token.startswith("(") else _axis(token, axes))
-    )
+def _dim(group: str, axes: Axes, part: int) -> Dim:
+    """The digits of one group: an axis, several in brackets, or one term of a sum."""
+    if not group.startswith("("):
+        return () if group == "1" else _axis(group, axes)
+    inner = groups(group[1:-1])
+    if "|" in inner:
+        return _sum(group, inner, axes, part)
+    return tuple(digit for token in inner for digit in _dim(token, axes, part))
 
 
-def _sum(text: str, axes: Axes, part: int) -> Dim:
+def _sum(group: str, inner: list[str], axes: Axes, part: int) -> Dim:
     """The digits of one term among others: all share the dim, this one starts where those before it end."""
-    terms = [term.strip() for term in _terms(text)]
+    terms = [list(term) for bar, term in itertools.groupby(inner, "|".__eq__) if not bar]
+    if len(terms) != inner.count("|") + 1:
+        raise ValueError(f"{group} has an empty term")
+    if any("|" in token for term in terms for token in term):
+        raise ValueError(f"{group} has a sum in a sum")
+    if not 0 <= part < len(terms) or all(token.isdigit() for token in terms[part]):
+        raise ValueError(f"{group} has no axis at part {part}")
+    outer, *rest = (digit for token in terms[part] for digit in _dim(token, axes, part))
     lengths = [_length(term, axes) for term in terms]
-    if not 0 <= part < len(terms) or terms[part].isdigit():
-        raise ValueError(f"({text}): there is no axis at part {part}")
-    outer, *inner = _dim(f"({terms[part]})", axes, part)
-    rest = math.prod(digit.radix for digit in inner)
-    total, before = sum(lengths), sum(lengths[:part])
-    if total % rest or before % rest:
-        raise ValueError(f"({text}): part {part} does not start or end at a multiple of {rest}")
-    return (Digit(outer.axis, outer.size, total // rest, before // rest, outer.group), *inner)
+    step, total, before = math.prod(digit.radix for digit in rest), sum(lengths), sum(lengths[:part])
+    if not step or total % step or before % step:
+        raise ValueError(f"{group}: part {part} starts at {before} of {total}, and both must be multiples of {step}")
+    return (Digit(outer.axis, outer.size, total // step, before // step, outer.group), *rest)
 
 
-def _terms(text: str) -> list[str]:
-    found: list[list[str]] = [[]]
-    for group in groups(text):
-        if group == "|":
-            found.append([])
-        else:
-            found[-1].append(group)
-    return [" ".join(term) for term in found]
-
-
-def _length(text: str, axes: Axes) -> int:
+def _length(term: list[str], axes: Axes) -> int:
     """The length of a term: a number, an axis, or several axes flattened."""
-    if text.isdigit():
-        return int(text)
-    tokens = groups(text[1:-1] if text.startswith("(") and text.endswith(")") else text)
-    return math.prod(digit.radix for token in tokens for digit in _axis(token, axes))
+    return math.prod(
+        int(token) if token.isdigit() else math.prod(digit.radix for digit in _dim(token, axes, 0)) for token in term
+    )
 
 
 def _axis(token: str, axes: Axes) -> Dim:
@@ -252,5 +266,7 @@ def _axis(token: str, axes: Axes) -> Dim:
     if isinstance(size, str):
         finer = (digit for name in size.split() for digit in _axis(name, axes))
         return tuple(Digit(digit.axis, digit.size, digit.radix, group=token) for digit in finer)
+    if isinstance(size, tuple) and len(set(size)) < len(size):
+        raise ValueError(f"axis {token!r} has a label twice")
     length = len(size) if isinstance(size, tuple) else size
     return (Digit(token, length, length, group=token),)
