@@ -1,0 +1,35 @@
+"""File formats: where each tensor of a checkpoint lies, found by reading headers only.
+
+A format turns files into `StoredTensor`s, one per tensor: a name, a file, a dtype, a shape and a byte range of the
+file. Nothing after that knows the format: a row-major range is read the same way whatever header described it. A new
+format is one module here that gives the same two types; one that packs, compresses or strides its data needs a reader
+of its own too.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a checkpoint: row-major data of `shape`, at bytes `offset` to `offset + nbytes` of `file`.
+
+    `file` is relative to the source's root, `dtype` is a safetensors code ("BF16"), `offset` counts from the file's
+    first byte.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a checkpoint as it was when its header was read; the digest covers the header's bytes."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    header_digest: str

@@ -1,0 +1,69 @@
+"""JSON objects out of files that somebody else wrote, with errors that say where.
+
+Python's parser takes more than the formats allow: it lets a key stand twice and keeps the last, reads NaN, and accepts
+halves of surrogate pairs, which cannot be written out again. A checkpoint in which a name stands twice is damaged, and
+guessing which one is meant is how wrong weights happen, so all of these are errors here. Positions are in bytes of the
+file.
+"""
+
+import json
+from typing import Any, NoReturn
+
+from shardconv.errors import InputError, Problem
+
+AGAIN = "download this file again"
+
+
+def read_object(raw: bytes, *, what: str, at: int) -> dict[str, Any]:
+    """The JSON object in `raw`, which stands at byte `at` of a file; `what` opens each message.
+
+    Raises InputError when it is not UTF-8, not JSON, not an object, or has a key twice.
+
+    >>> read_object(b' {"a": 1}', what="config.json", at=0)
+    {'a': 1}
+    """
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        _reject(what, f"is not UTF-8 text at byte {at + error.start}")
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice.extend(key for key in found if keys.count(key) > 1)
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        _reject(what, f"is not JSON: {error.msg} at byte {at + len(text[: error.pos].encode())}")
+    except RecursionError:
+        _reject(what, "is not JSON: it is nested too deep")
+    except ValueError as error:
+        _reject(what, f"is not JSON: {error}")
+    if twice:
+        raise InputError(f"{what} cannot be used", [Problem(f"{what} has the key {key} twice", AGAIN) for key in twice])
+    if not isinstance(value, dict):
+        _reject(what, "is JSON, but not an object")
+    if "\\u" in text and not _encodes(value):
+        _reject(what, "has half of a surrogate pair in a string")
+    return value
+
+
+def _reject(what: str, fact: str) -> NoReturn:
+    raise InputError(f"{what} cannot be used", [Problem(f"{what} {fact}", AGAIN)])
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _encodes(value: object) -> bool:
+    """Whether every string in a parsed value can be written out as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
