@@ -39,6 +39,10 @@ def test_an_unknown_dtype_is_a_key_error(find, name):
         find(name)
 
 
+def test_bytes_are_rounded_up():
+    assert [dtype_of_code("F4").nbytes(shape) for shape in [(), (3,), (3, 2), (0, 3)]] == [1, 2, 3, 0]
+
+
 def test_only_six_bit_elements_cannot_be_read():
     assert [d.code for d in DTYPES if not d.readable] == ["F6_E2M3", "F6_E3M2"]
 

@@ -52,7 +52,7 @@ def test_a_tensor_the_index_leaves_out_is_noted_and_left_unused(checkpoint):
     save_index(checkpoint / INDEX, {"a": FIRST, "c": SECOND, "d": THIRD})
     source = open_source(checkpoint)
     assert sorted(source.tensors) == ["a", "c", "d"]
-    assert source.notes == (f"{FIRST} has 1 tensor that {INDEX} does not name, left unused: b",)
+    assert source.notes == (f"{INDEX} does not name 1 tensor of {FIRST}, left unused: b",)
 
 
 def test_a_tensor_mapped_to_the_wrong_file_is_an_error_with_both_files(checkpoint):
@@ -80,7 +80,7 @@ def test_a_tensor_that_no_file_has_is_an_error(checkpoint):
 
 def test_a_prediction_layer_that_no_file_has_is_noted(checkpoint):
     extra = {"mtp.fc.weight": THIRD, "model.layers.4.eh_proj.weight": THIRD}
-    save_index(checkpoint / INDEX, full_map() | extra, {"total_size": 32})
+    save_index(checkpoint / INDEX, full_map() | extra, {"total_size": 48})
     (checkpoint / "config.json").write_text('{"text_config": {"num_hidden_layers": 4}}')
     source = open_source(checkpoint)
     assert sorted(source.tensors) == ["a", "b", "c", "d"]
@@ -104,7 +104,17 @@ def test_a_stale_duplicate_in_a_later_file_is_noted_and_the_index_wins(checkpoin
     source = open_source(checkpoint)
     assert (source.tensors["a"].file, source.tensors["a"].shape) == (FIRST, (2,))
     assert source.notes == (
-        f"{INDEX} maps 1 tensor to {FIRST}, so what {THIRD} has under the same name is left unused: a",
+        f"{INDEX} maps 1 tensor to {FIRST}, so what has the same name in {THIRD} is left unused: a",
+    )
+
+
+def test_duplicates_in_several_files_are_noted_in_their_order(checkpoint):
+    for name, key in (SECOND, "c"), (THIRD, "d"):
+        save(checkpoint / name, ones(key, "a", "new"))
+    save_index(checkpoint / INDEX, full_map())
+    assert open_source(checkpoint).notes == (
+        f"{INDEX} maps 1 tensor to {FIRST}, so what has the same name in {SECOND} and {THIRD} is left unused: a",
+        f"{INDEX} does not name 1 tensor of {SECOND} and {THIRD}, left unused: new",
     )
 
 
@@ -131,6 +141,20 @@ def test_a_stray_single_file_is_noted_and_the_index_wins(checkpoint):
     source = open_source(checkpoint)
     assert source.tensors["a"].file == FIRST
     assert source.notes == (f"model.safetensors is left unread, since {INDEX} does not name it",)
+
+
+def test_an_index_may_name_the_single_file(tmp_path):
+    save(tmp_path / "model.safetensors", ones("a"))
+    save_index(tmp_path / INDEX, {"a": "model.safetensors"})
+    assert open_source(tmp_path).notes == ()
+
+
+def test_a_tensor_that_the_index_calls_an_alias_and_a_file_has_is_noted(checkpoint):
+    save(checkpoint / SECOND, ones("c", "head"))
+    save_index(checkpoint / INDEX, full_map(), {"head": "a"})
+    source = open_source(checkpoint)
+    assert source.tensors["head"].file == FIRST
+    assert source.notes == (f"{INDEX} does not name 1 tensor of {SECOND}, left unused: head",)
 
 
 def test_nothing_else_in_the_directory_is_opened(checkpoint):
@@ -224,7 +248,8 @@ def test_aliases_stand_in_the_index_of_several_files_or_in_the_files(checkpoint)
 
 
 def test_an_alias_that_was_written_out_in_another_file_is_that_tensor(checkpoint):
-    save_index(checkpoint / INDEX, full_map(), {"d": "a"})
+    save(checkpoint / FIRST, ones("a", "b"), {"d": "a"})
+    save_index(checkpoint / INDEX, full_map())
     assert open_source(checkpoint).tensors["d"].file == THIRD
 
 

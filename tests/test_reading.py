@@ -271,8 +271,10 @@ def test_few_files_stay_open_and_none_after_closing(tmp_path):
         tensors.append(read_header(str(tmp_path), f"{i}.safetensors").tensors["a"])
     reader = Reader(str(tmp_path), coalesce_gap=0)
     for tensor in tensors:
-        read(reader, tensors[0], ((0, 8),))  # used again and again, so it is never the one to close
         read(reader, tensor, ((0, 8),))
+    assert open_descriptors(tmp_path) == 16
+    for i in (*range(16), 0, 16):  # the one that was used again stays open, the one before it is closed
+        read(reader, tensors[i], ((0, 8),))
     assert open_descriptors(tmp_path) == 16
     (tmp_path / "0.safetensors").unlink()
     read(reader, tensors[0], ((0, 8),))
@@ -321,6 +323,15 @@ def test_what_was_read_leaves_the_page_cache(large):
         read(reader, tensor, ((23, 24), (0, 512), (0, 1024)))
         assert 7 << 8 <= cached_pages(path / FILE) <= 9 << 8  # under 8 MiB behind the reader, and the end of the file
     assert cached_pages(path / FILE) <= 3 << 8
+
+
+def test_nobody_elses_pages_leave_the_page_cache(large):
+    path, tensor = large
+    (path / FILE).read_bytes()
+    with Reader(str(path), coalesce_gap=0) as reader:
+        read(reader, tensor, ((2, 3), (0, 1024), (0, 1024)))
+        read(reader, tensor, ((20, 21), (0, 1024), (0, 1024)))
+    assert 21 << 8 <= cached_pages(path / FILE) <= 23 << 8
 
 
 def test_the_page_cache_is_kept_on_request(large):

@@ -61,6 +61,11 @@ REJECTED = {
         f"{FILE} is truncated: its header ends at byte 48, but the file has 10 (38 short)",
         AGAIN,
     ),
+    "n over the file by less than its own 8 bytes": (
+        (4).to_bytes(8, "little") + b"{}",
+        f"{FILE} is truncated: its header ends at byte 12, but the file has 10 (2 short)",
+        AGAIN,
+    ),
     "not UTF-8": (text(b'{"\xff": 1}'), f"{FILE}: its header is not UTF-8 text at byte 10", AGAIN),
     "no header": (raw_file(b""), f"{FILE}: its header is not JSON: Expecting value at byte 8", AGAIN),
     "not JSON": (text(b'{"\xc3\xa9": }'), f"{FILE}: its header is not JSON: Expecting value at byte 15", AGAIN),

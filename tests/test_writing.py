@@ -106,6 +106,7 @@ def test_files_are_as_full_as_order_allows(sizes, limit):
     tensors = [NewTensor(str(i), "U8", (n,)) for i, n in enumerate(sizes)]
     files = split(tensors, max_file_bytes=limit)
     assert [t for file in files for t in file] == tensors
+    assert all(files) or not tensors
     totals = [sum(t.nbytes for t in file) for file in files]
     assert all(total <= limit or len(file) == 1 for total, file in zip(totals, files, strict=True))
     for total, following in zip(totals, files[1:], strict=False):

@@ -25,8 +25,8 @@ _NAMES_SHOWN = 5
 _ONE_REVISION = "download the index and its files again, all from one revision"
 _WRONG_FILE = "{index} maps {tensors} to {file}, but {they} in {others}"
 _NOWHERE = "{index} maps {tensors} to {file}, but no file has {them}"
-_TWICE = "{index} maps {tensors} to {file}, so what {others} has under the same name is left unused"
-_UNNAMED = "{file} has {tensors} that {index} does not name, left unused"
+_TWICE = "{index} maps {tensors} to {file}, so what has the same name in {others} is left unused"
+_UNNAMED = "{index} does not name {tensors} of {file}, left unused"
 
 # (the file in question, other files) -> the tensors that a message is about
 _Groups = dict[tuple[str, str], list[str]]
@@ -116,7 +116,7 @@ def reconcile(
         group = wrong if others else allowed if may_miss(key) else nowhere
         group.setdefault((index.weight_map[key], others), []).append(key)
     facts = [*_sentences(_WRONG_FILE, index, wrong), *_sentences(_NOWHERE, index, nowhere)]
-    notes = [*_sentences(_NOWHERE, index, allowed), *_notes_on_surplus(index, headers, elsewhere, tensors)]
+    notes = [*_sentences(_NOWHERE, index, allowed), *_notes_on_surplus(index, elsewhere, tensors)]
     size = sum(tensor.nbytes for tensor in tensors.values())
     if len(tensors) == len(index.weight_map) and index.total_size not in (None, size):
         notes.append(f"{index.name} says total_size {index.total_size}, but its tensors have {size} bytes")
@@ -125,18 +125,16 @@ def reconcile(
 
 def _notes_on_surplus(
     index: Index,
-    headers: Mapping[str, FileHeader],
     elsewhere: Mapping[str, list[str]],
     tensors: Mapping[str, StoredTensor],
 ) -> Iterator[str]:
     """What the files have and nobody uses."""
-    aliases = set(index.aliases).union(*(header.aliases for header in headers.values()))
     twice: _Groups = {}
     unnamed: _Groups = {}
     for key, files in elsewhere.items():
         if key in tensors:
             twice.setdefault((tensors[key].file, " and ".join(files)), []).append(key)
-        elif key not in index.weight_map and key not in aliases:
+        elif key not in index.weight_map:
             unnamed.setdefault((" and ".join(files), ""), []).append(key)
     yield from _sentences(_TWICE, index, twice)
     yield from _sentences(_UNNAMED, index, unnamed)
