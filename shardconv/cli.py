@@ -18,7 +18,7 @@ from shardconv import __version__
 from shardconv.budget import parse_size
 from shardconv.config import RunOptions, load_config
 from shardconv.door import Door, enter
-from shardconv.errors import ConfigError, Problem, RunError
+from shardconv.errors import ConfigError, Problem
 
 HELP = """Convert PyTorch and safetensors checkpoints into sharded Orbax checkpoints, in bounded memory.
 
@@ -63,9 +63,10 @@ def plan(config: ConfigPath, overrides: Set = None, as_json: Json = False) -> No
     """Show what a run would read, write and need; reads headers only and writes nothing."""
     loaded = load_config(config, overrides or ())
     from shardconv.planning import plan_from_config
-    from shardconv.report import plan_json, print_plan
 
     found = plan_from_config(loaded)
+    from shardconv.report import plan_json, print_plan
+
     if as_json:
         _echo_json(plan_json(found))
     else:
@@ -92,14 +93,10 @@ def run(
     # TOML strings, so that no address or size is taken for a number.
     said = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     loaded = load_config(config, [*(overrides or ()), *said])
-    from shardconv.run.driver import run as run_config
+    from shardconv.conversion import run as convert
 
     options = RunOptions(restart=restart, overwrite=overwrite, verbosity=int(verbose) - int(quiet), json_logs=json_logs)
-    try:
-        run_config(loaded, options)
-    except KeyboardInterrupt:
-        kept = Problem("finished units are kept", "the same command goes on from them; --restart discards them")
-        raise RunError("interrupted", [kept]) from None
+    convert(loaded, options)
 
 
 @app.command()

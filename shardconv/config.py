@@ -62,7 +62,7 @@ def _mesh_axes(value: object) -> object:
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
-Place = Annotated[str, Field(min_length=1), Expected("a path, in quotes"), AfterValidator(os.path.expanduser)]
+Place = Annotated[str, Field(pattern=r"^[^\x00]+$"), Expected("a path, in quotes"), AfterValidator(os.path.expanduser)]
 # One directory name, and no dot in front: Orbax and the kernel keep those for themselves.
 DirectoryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Flag = Annotated[bool, Expected("true or false")]

@@ -127,7 +127,7 @@ def _heading(name: str, model: Model, output: str) -> str:
     count = parameters(model)
     axes = ", ".join(f"{axis} {length}" for axis, length in model.axes.items() if isinstance(length, int))
     return (
-        f"# {name}: {model.family.title} ({said}), {count / 1e9:.1f} billion parameters, {2 * count / 1e9:.1f} GB in bfloat16\n"
+        f"# {name} ({said}): {count / 1e9:.1f} billion parameters, {2 * count / 1e9:.1f} GB in bfloat16\n"
         f"# {axes}\n"
         f"# Relative paths are relative to the directory the program is started in. Set [mesh] to the mesh you train on.\n"
         f"# `shardconv plan {output}` shows what this gives, and writes nothing.\n"
