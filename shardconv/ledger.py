@@ -193,6 +193,10 @@ class Ledger:
             problem = Problem(f"{self.job_path}: {error}", "use --restart to discard what was begun")
             raise InputError("the state of an earlier run cannot be read", [problem]) from error
 
+    def header_is_absent(self) -> bool:
+        """Whether nothing was begun, or all of it closed."""
+        return not os.path.exists(self.job_path)
+
     def job(self) -> Mapping[str, object]:
         """The job given to `begin`."""
         with open(self.job_path, encoding="utf-8") as file:
@@ -241,19 +245,19 @@ class Ledger:
         """Remove what was begun; the lock stays with its owner."""
         if os.path.exists(self.job_path):
             os.unlink(self.job_path)
-        self._clear(keep=("lock",))
+        self._clear(keep="")
         self.create()
 
     def close(self, report: str) -> None:
         """Leave only the report: it is durable before the first record goes."""
         write_atomically(self.report_path, report, durable=True)
         os.unlink(self.job_path)  # first: from here on there is no state to continue, whatever is left of it
-        self._clear(keep=("lock", "report.json"))
+        self._clear(keep="report.json")
 
-    def _clear(self, keep: Sequence[str]) -> None:
+    def _clear(self, keep: str) -> None:
         for name in os.listdir(self.state):
             path = os.path.join(self.state, name)
-            if name not in keep:
+            if name != keep and not name.startswith("lock"):  # ours, and what another run leaves for a moment to find us here
                 shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
     def _done_path(self, unit: int) -> str:

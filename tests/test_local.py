@@ -2,7 +2,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ def state(tmp_path: Path) -> str:
     return ledger.state
 
 
-def start(state: str, work: str, *, count: int = 2, units: int = 8, patience: Patience = PATIENT) -> Iterator[Event]:
+def start(state: str, work: str, *, count: int = 2, units: int = 8, patience: Patience = PATIENT) -> Generator[Event, None, None]:
     work = f"standin_units:{work}"
     name = lambda unit: f"unit {unit} (leaf, chunk {unit})"  # noqa: E731
     return execute(state, range(units), work=work, count=count, patience=patience, name=name, verbose=False)
@@ -136,7 +136,7 @@ def test_closing_stops_the_workers(state: str) -> None:
         pass
     pids = [worker.pid for worker in read_workers(Ledger(state).workers)]
     assert len(pids) == 2
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert not any(_alive(pid) for pid in pids)
     assert len(Ledger(state).finished()) < 8
 

@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,9 @@ def state(tmp_path: Path) -> str:
     return ledger.state
 
 
-def start(state: str, work: str, *, units: int = 8, patience: Patience = PATIENT, address: str | None = None) -> Iterator[Event]:
+def start(
+    state: str, work: str, *, units: int = 8, patience: Patience = PATIENT, address: str | None = None
+) -> Generator[Event, None, None]:
     return executor.execute(
         state,
         range(units),
@@ -126,7 +128,7 @@ def test_closing_stops_the_tasks(started: None, state: str) -> None:
     events = start(state, "slow", units=40)
     while not isinstance(next(events), Finished):
         pass
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     time.sleep(0.5)
     finished = len(Ledger(state).finished())
     time.sleep(0.5)

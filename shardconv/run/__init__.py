@@ -81,6 +81,49 @@ Event = Ready | Finished | Retried | Waiting
 
 
 @dataclass(frozen=True)
+class Began:
+    """The units of a run are known: bytes of the target per unit, which are finished already, and where heartbeats are.
+
+    `budget` is the bytes each worker may hold.
+    """
+
+    sizes: tuple[int, ...]
+    resumed: frozenset[int]
+    workers: str
+    budget: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The run goes on to something else; `name` is a key of the report's `stages`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """The checkpoint is complete: by which Orbax, how many losing attempts were discarded, and what the commit's process took."""
+
+    orbax: str
+    discarded: int
+    pid: int
+    seconds: float
+    cpu_seconds: float
+    peak_rss: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know."""
+
+    text: str
+
+
+# What a run tells whoever watches it.
+Told = Event | Began | Stage | Note
+
+
+@dataclass(frozen=True)
 class Patience:
     """Seconds without a sign of life after which a unit is named, and after which it is taken from its worker."""
 

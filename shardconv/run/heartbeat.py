@@ -39,6 +39,11 @@ class WorkerState:
         """How a person names the process."""
         return f"pid {self.pid} on {self.host}"
 
+    @property
+    def is_this_process(self) -> bool:
+        """Whether it is the process that asks: the driver, where one slot is all there is."""
+        return (self.host, self.pid) == (socket.gethostname(), os.getpid())
+
 
 def memory() -> tuple[int, int]:
     """Resident bytes of this process now, and at its peak.

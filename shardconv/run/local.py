@@ -8,7 +8,7 @@ A child that shows no sign of life is killed and treated as dead. `Failures` dec
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import wait
 from typing import cast
 
@@ -24,7 +24,7 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
 
 def execute(
     state: str, units: Sequence[int], *, work: str, count: int, patience: Patience, name: Callable[[int], str], verbose: bool
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Do `units` of the plan in `state` on `count` slots of this machine; `work` is "module:name", `name` describes a unit.
 
     Raises the report of a unit that has one, and RunError for a unit that failed `ATTEMPTS` times; finished units stay finished.

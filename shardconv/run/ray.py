@@ -18,7 +18,7 @@ import pickle
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -51,7 +51,7 @@ def execute(
     patience: Patience,
     name: Callable[[int], str],
     verbose: bool,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Do `units` of the plan in `state` as Ray tasks; `address` None starts Ray on this machine with `count` slots.
 
     On a cluster `count` limits the tasks at a time (None: all CPUs). Raises what `local.execute` raises, and RunError for a cluster that

@@ -1,0 +1,287 @@
+"""The driver: takes a plan to a finished checkpoint, and every way it can stop to a state that can be continued.
+
+    prepare        what stands in the way is refused before the first byte (`preflight`)
+    units          those that the ledger does not have, on any executor
+    commit         in a child process, which alone loads jax; it is started when the last units are on their way
+    change places  with a checkpoint that is replaced, which stays until the new one is complete
+    close          only the report is left
+
+Whatever goes wrong after the first byte leaves the ledger as it is, and the same command goes on from there; after Ctrl-C and SIGTERM too.
+A run that died between the commit and the end finds its checkpoint complete and only tidies up.
+
+The driver imports neither jax nor TensorStore, and Ray only when Ray is asked for.
+"""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from types import FrameType
+from typing import cast
+
+from shardconv.budget import this_machine
+from shardconv.errors import Problem, RunError
+from shardconv.ledger import Ledger
+from shardconv.lock import Lock
+from shardconv.plan import Plan
+from shardconv.run import Began, Event, Failed, Finished, Note, Patience, Ready, Retried, Sealed, Stage, Told
+from shardconv.run.child import Child, ChildDied
+from shardconv.run.heartbeat import WorkerState, memory, read_workers
+from shardconv.run.job import Place, state_path
+from shardconv.run.preflight import Prepared, Records, Request, prepare, refuse_existing, replaced_path
+from shardconv.sinks.direct import sync_directory
+
+# A minute of silence is worth a line. Ten mean that it will not pass: the largest chunk is seconds of work for a disk that works at all.
+PATIENCE = Patience(name_after=60.0, give_up_after=600.0)
+WORK = "shardconv.run.unit:run_unit"
+FINISH = "shardconv.run.finish:finish"
+AGAIN = "run the same command again; finished units are kept"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished conversion: what was done and what it took; seconds are wall time by stage, memory in bytes.
+
+    `records` are all units' (`run.work.Done`), those of earlier runs included; `workers` and `sealed` are of this run alone.
+    """
+
+    plan: Plan
+    checkpoint: str
+    records: Records
+    resumed: int
+    retried: int
+    workers: tuple[WorkerState, ...]
+    sealed: Sealed | None
+    where: str
+    slots: int
+    budget: int
+    stages: Mapping[str, float]
+    driver_pid: int
+    driver_cpu_seconds: float
+    driver_peak_rss: int
+
+
+class Stages:
+    """Wall seconds by stage, told as they begin; `clock` 0 is when the first began."""
+
+    def __init__(self, tell: Callable[[Told], None]) -> None:
+        self.seconds: dict[str, float] = {}
+        self._tell = tell
+        self._name = ""
+        self._since = time.perf_counter()
+
+    def enter(self, name: str) -> None:
+        """The next stage begins."""
+        self.leave()
+        self._name = name
+        self._tell(Stage(name))
+
+    def leave(self) -> None:
+        """The last stage ends."""
+        now = time.perf_counter()
+        if self._name:
+            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._since
+        self._since = now
+
+
+def drive(
+    request: Request,
+    plan: Plan,
+    stages: Stages,
+    tell: Callable[[Told], None],
+    figures: Callable[[Outcome], Mapping[str, object]],
+) -> Outcome:
+    """Convert; `tell` hears what happens, and what `figures` makes of the outcome becomes report.json.
+
+    Raises ShardconvError of any kind; RunError, or any error after the first unit, leaves a state that the same request goes on from.
+    """
+    stages.enter("prepare")
+    ledger = Ledger(state_path(request.output))
+    if request.restart or ledger.header() is None:
+        refuse_existing(request)  # before anything is created; `prepare` asks again with the lock held
+    with _created(ledger), _interrupted_by_sigterm(), Lock(ledger.state) as lock:
+        if lock.taken_from is not None:
+            tell(Note(f"took over from pid {lock.taken_from.pid} on {lock.taken_from.host}, which is gone"))
+        try:
+            outcome = _Run(request, plan, ledger, lock, stages, tell).go()
+        except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray puts its own SIGTERM handler in place of ours
+            finished = len(ledger.finished())
+            title = f"interrupted: {finished} of {len(plan.units)} units are finished; run the same command again to go on"
+            raise RunError(title) from None
+        ledger.close(json.dumps(figures(outcome), indent=2) + "\n")
+    return outcome
+
+
+@contextmanager
+def _created(ledger: Ledger) -> Iterator[None]:
+    """The state directory, which goes again if nothing is begun in it."""
+    try:
+        ledger.create()
+    except OSError as error:
+        fact = f"{error.filename}: {error.strerror}"
+        raise RunError("cannot write beside the output", [Problem(fact, "choose an output.path that you may write to")]) from error
+    try:
+        yield
+    finally:
+        if ledger.header_is_absent():
+            for path in (f"{ledger.state}/done", ledger.workers, ledger.state):
+                with suppress(OSError):
+                    os.rmdir(path)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which is how schedulers say that time is up, ends a run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Run:
+    def __init__(
+        self, request: Request, plan: Plan, ledger: Ledger, lock: Lock, stages: Stages, tell: Callable[[Told], None]
+    ) -> None:
+        self._request, self._plan, self._ledger, self._lock = request, plan, ledger, lock
+        self._stages, self._tell = stages, tell
+        self._finisher: Child | None = None
+        self._sealed: Sealed | None = None
+        self._ready = Ready(0, "nobody")
+        self._retried = 0
+
+    def go(self) -> Outcome:
+        prepared = prepare(self._request, self._plan, self._ledger)
+        sizes = tuple(unit.bytes_written for unit in self._plan.units)
+        self._tell(Began(sizes, frozenset(prepared.records), self._ledger.workers, self._request.budget))
+        if not prepared.committed:
+            try:
+                self._make(prepared)
+            finally:
+                if self._finisher is not None:
+                    self._finisher.stop()
+        self._stages.enter("close")
+        change_places(prepared.place, self._ledger)
+        self._stages.leave()
+        return self._outcome(prepared)
+
+    def _make(self, prepared: Prepared) -> None:
+        pending = [unit.number for unit in self._plan.units if unit.number not in prepared.records]
+        self._stages.enter("start")
+        with closing(self._events(pending)) as events:
+            for event in events if pending else ():
+                self._hear(event)
+                if isinstance(event, Finished):
+                    pending.remove(event.unit)
+                if len(pending) <= max(self._ready.slots, 1):
+                    self._start_finisher()
+                if not pending:
+                    break
+            self._stages.enter("commit")
+            self._start_finisher()
+            self._lock.check()
+            cast(Child, self._finisher).send(self._ledger.state)
+            # Leaving here stops the executor, which takes Ray a second; the commit goes on meanwhile.
+        self._sealed = self._await_seal()
+
+    def _events(self, pending: list[int]) -> Generator[Event, None, None]:
+        request, machine = self._request, this_machine()
+        count = request.count or machine.cores
+        if request.executor == "local":
+            from shardconv.run import local
+
+            return local.execute(
+                self._ledger.state, pending, work=WORK, count=count, patience=PATIENCE, name=self._name, verbose=request.verbose
+            )
+        from shardconv.run import ray
+
+        return ray.execute(
+            self._ledger.state,
+            pending,
+            work=WORK,
+            count=count if request.address is None else request.count or None,
+            address=request.address,
+            source=self._plan.source.root,
+            patience=PATIENCE,
+            name=self._name,
+            verbose=request.verbose,
+        )
+
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, Ready):
+            self._ready = event
+            self._stages.enter("units")
+        elif isinstance(event, Retried):
+            self._retried += 1
+        self._tell(event)
+
+    def _name(self, unit: int) -> str:
+        """Unit 12 (decoder.layers.mlp.wi_0 chunks 3 to 4, and 2 more leaves)."""
+        spans = self._plan.units[unit].spans
+        first = spans[0]
+        chunks = f"chunk {first.start}" if first.stop - first.start == 1 else f"chunks {first.start} to {first.stop - 1}"
+        more = f", and {len(spans) - 1} more leaves" if len(spans) > 1 else ""
+        return f"unit {unit} ({self._plan.leaves[first.leaf].name} {chunks}{more})"
+
+    def _start_finisher(self) -> None:
+        if self._finisher is None:
+            log = None if self._request.verbose else os.path.join(self._ledger.workers, "commit.log")
+            self._finisher = Child(FINISH, log, {"JAX_PLATFORMS": "cpu"})
+
+    def _await_seal(self) -> Sealed:
+        child, begun = cast(Child, self._finisher), time.monotonic()
+        while not wait([child.connection], timeout=PATIENCE.name_after):
+            self._tell(Note(f"the commit has taken {time.monotonic() - begun:.0f} s so far (pid {child.pid})"))
+        try:
+            answer = cast(Sealed | Failed, child.receive())
+        except ChildDied as death:
+            raise RunError("the commit failed", [Problem(str(death), AGAIN)]) from None
+        if isinstance(answer, Failed):
+            raise answer.report or RunError("the commit failed", [Problem(f"{answer.error}\n{answer.trace}", AGAIN)])
+        return answer
+
+    def _outcome(self, prepared: Prepared) -> Outcome:
+        return Outcome(
+            plan=self._plan,
+            checkpoint=prepared.place.checkpoint,
+            records=self._ledger.finished(),
+            resumed=len(prepared.records),
+            retried=self._retried,
+            workers=read_workers(self._ledger.workers),
+            sealed=self._sealed,
+            where=self._ready.where,
+            slots=self._ready.slots,
+            budget=self._request.budget,
+            stages=dict(self._stages.seconds),
+            driver_pid=os.getpid(),
+            driver_cpu_seconds=time.process_time(),
+            driver_peak_rss=memory()[1],
+        )
+
+
+def change_places(place: Place, ledger: Ledger) -> None:
+    """Put a checkpoint that was made aside where it belongs, and remove the one it replaces; goes on where it was stopped."""
+    if not place.aside:
+        return
+    replaced = replaced_path(ledger)
+    if os.path.lexists(place.committed):
+        if os.path.lexists(place.checkpoint):
+            shutil.rmtree(replaced, ignore_errors=True)  # of a still earlier run
+            os.rename(place.checkpoint, replaced)
+        os.rename(place.committed, place.checkpoint)
+        sync_directory(os.path.dirname(place.checkpoint))
+    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(place.out, ignore_errors=True)
