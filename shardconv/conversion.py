@@ -1,0 +1,83 @@
+"""A conversion from a config to a report: plan, drive, show. What `shardconv run` does, as one function.
+
+The memory budget of a resumed run is that of the run that began it where the config says "auto": what is free now may differ, and the
+chunks of a plan must not.
+"""
+
+import os
+import sys
+import time
+
+from rich.console import Console
+
+from shardconv.config import Config, RunOptions
+from shardconv.ledger import Ledger
+from shardconv.planning import plan_from_config, worker_budget
+from shardconv.progress import JsonLines, View, watching
+from shardconv.report import Json, figures, print_summary, versions
+from shardconv.run.driver import Outcome, Stages, drive
+from shardconv.run.job import state_path
+from shardconv.run.preflight import Request
+from shardconv.sinks.spec import StoreOptions
+
+
+def run(config: Config, options: RunOptions) -> Json:
+    """Convert as the config says, show progress on stderr and a summary on stdout; the content of report.json.
+
+    Raises ShardconvError, of which RunError leaves a state that the same call goes on from.
+    """
+    found: Json = {}
+
+    def save(outcome: Outcome) -> Json:
+        found.update(figures(outcome))
+        return found
+
+    with watching(quiet=options.verbosity < 0, verbose=options.verbosity > 0, json_logs=options.json_logs) as view:
+        stages = Stages(view.hear)
+        stages.enter("plan")
+        config = _with_budget(config, restart=options.restart)
+        plan = plan_from_config(config, compare_ends=True)
+        drive(request_of(config, options), plan, stages, view.hear, save)
+    _show(found, options, view)
+    return found
+
+
+def _show(found: Json, options: RunOptions, view: View) -> None:
+    if isinstance(view, JsonLines):
+        view.write("report", found)
+    elif options.verbosity >= 0:
+        print_summary(found, Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True))
+
+
+def _with_budget(config: Config, *, restart: bool) -> Config:
+    """The config with the memory budget as a number."""
+    budget = worker_budget(config)
+    if config.workers.memory_budget == "auto" and not restart:
+        previous = Ledger(state_path(config.output.path)).header()
+        budget = previous.budget if previous is not None else budget
+    workers = config.workers.model_copy(update={"memory_budget": budget})
+    return config.model_copy(update={"workers": workers})
+
+
+def request_of(config: Config, options: RunOptions) -> Request:
+    """What the driver is asked for."""
+    output, workers = config.output, config.workers
+    return Request(
+        output=os.path.abspath(output.path),
+        step=output.step,
+        item=output.item,
+        store=StoreOptions(zarr=output.zarr, ocdbt=output.ocdbt, compression=output.compression),
+        settings=config.facts(),
+        provenance={"versions": versions(), "config": config.facts(), "config_digest": config.digest(), "made": _now()},
+        executor=workers.executor,
+        address=None if workers.address == "local" else workers.address,
+        count=workers.count,
+        budget=worker_budget(config),
+        restart=options.restart,
+        overwrite=options.overwrite,
+        verbose=options.verbosity > 0,
+    )
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,320 @@
+"""Reports: the plan before a run, what a run took after it, and listings, as tables for people and as data for programs.
+
+report.json, whose keys are stable:
+
+    source_bytes           bytes of all tensors of the source
+    target_bytes           bytes of all leaves of the target, as arrays in memory
+    bytes_read             bytes read from the source's tensors, by the attempt of each unit that counts
+    bytes_written          bytes given to the store: chunks after compression, with their indices and metadata
+    read_amplification     bytes_read over the bytes of the tensors that are used; 1.0 means that each byte was read once
+    write_amplification    bytes_written over target_bytes; under 1 with compression
+    requests               read requests
+    wall_seconds           from the command's start to the report, this run alone
+    cpu_seconds            of all processes of this run: driver, workers, commit; not of Ray's own daemons
+    peak_rss_bytes         of the heaviest worker of this run
+    memory_budget_bytes    what each worker's buffers may take; the interpreter and its libraries come on top (some 0.1 GB)
+    used_bytes             bytes of the source's tensors that the target is made of
+    units                  {total, resumed (finished by earlier runs), retried (attempts that failed in this run)}
+    stages                 wall seconds by stage: plan, prepare, start, units, commit, close
+    processes              [{role (driver, worker, commit), host, pid, cpu_seconds, peak_rss_bytes}]
+    executor, workers      where the units ran, and how many at a time
+    checkpoint             path of the checkpoint
+    versions               of shardconv, Python and the libraries
+    notes                  what the plan had to say
+
+Figures of a conversion that was interrupted cover all of it where they speak of bytes, and its last run where they speak of time and
+memory.
+"""
+
+import platform
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import cast
+
+from rich.console import Console
+from rich.table import Table
+
+import shardconv
+from shardconv.axes import Address, Dim
+from shardconv.inspecting import Listing
+from shardconv.plan import Leaf, Plan, Unit
+from shardconv.progress import amount
+from shardconv.run.driver import Outcome
+from shardconv.sharding import Spec
+
+LIBRARIES = ("jax", "ml_dtypes", "numpy", "orbax-checkpoint", "ray", "tensorstore")
+
+Json = dict[str, object]
+
+
+def figures(outcome: Outcome) -> Json:
+    """What a conversion took: the content of report.json."""
+    plan, records = outcome.plan, outcome.records.values()
+    read, written, used = _total(records, "bytes_read"), _total(records, "bytes_written"), used_bytes(plan)
+    processes = list(_processes(outcome))
+    return {
+        "source_bytes": plan.source.total_bytes,
+        "target_bytes": plan.target_bytes,
+        "bytes_read": read,
+        "bytes_written": written,
+        "read_amplification": _ratio(read, used),
+        "write_amplification": _ratio(written, plan.target_bytes),
+        "requests": _total(records, "requests"),
+        "wall_seconds": sum(outcome.stages.values()),
+        "cpu_seconds": sum(cast(float, process["cpu_seconds"]) for process in processes),
+        "peak_rss_bytes": max((worker.peak_rss for worker in outcome.workers), default=0),
+        "memory_budget_bytes": outcome.budget,
+        "used_bytes": used,
+        "units": {"total": len(plan.units), "resumed": outcome.resumed, "retried": outcome.retried},
+        "stages": dict(outcome.stages),
+        "processes": processes,
+        "executor": outcome.where,
+        "workers": outcome.slots,
+        "checkpoint": outcome.checkpoint,
+        "versions": versions(),
+        "notes": list(plan.notes),
+    }
+
+
+def _total(records: Iterable[Mapping[str, object]], key: str) -> int:
+    return sum(cast(int, record[key]) for record in records)
+
+
+def _ratio(part: int, whole: int) -> float:
+    return round(part / whole, 6) if whole else 1.0
+
+
+def _processes(outcome: Outcome) -> Iterator[Json]:
+    """Every process of the run; the driver is the worker too where there is one slot, and then it is listed once, as the worker."""
+    host, workers = socket.gethostname(), outcome.workers
+    if not any(worker.is_this_process for worker in workers):
+        yield _process("driver", host, outcome.driver_pid, outcome.driver_cpu_seconds, outcome.driver_peak_rss)
+    for worker in workers:
+        cpu = outcome.driver_cpu_seconds if worker.is_this_process else worker.cpu_seconds
+        yield _process("worker", worker.host, worker.pid, cpu, worker.peak_rss)
+    if outcome.sealed is not None:
+        yield _process("commit", host, outcome.sealed.pid, outcome.sealed.cpu_seconds, outcome.sealed.peak_rss)
+
+
+def _process(role: str, host: str, pid: int, cpu: float, peak: int) -> Json:
+    return {"role": role, "host": host, "pid": pid, "cpu_seconds": round(cpu, 3), "peak_rss_bytes": peak}
+
+
+def versions() -> dict[str, str]:
+    """Versions of shardconv, Python and the libraries that are installed."""
+    found = {"shardconv": shardconv.__version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def used_bytes(plan: Plan) -> int:
+    """Bytes of the stored tensors that some leaf is made of, each counted once."""
+    addresses = {id(part.source): part.source for leaf in plan.leaves for part in leaf.parts}
+    keys = {key for address in addresses.values() for key, _ in address.keys()}
+    tensors = (plan.source.tensors[key] for key in keys)
+    return sum(nbytes for _, _, nbytes in {(t.file, t.offset, t.nbytes) for t in tensors})
+
+
+def print_summary(found: Json, console: Console) -> None:
+    """The end of a run, for people: `figures` in a few lines."""
+    stages, units = cast(dict[str, float], found["stages"]), cast(dict[str, int], found["units"])
+    converting, target, written, read, peak, budget = (
+        cast(int, number)
+        for number in (
+            stages.get("units", 0.0), found["target_bytes"], found["bytes_written"], found["bytes_read"], found["peak_rss_bytes"],
+            found["memory_budget_bytes"],
+        )
+    )  # fmt: skip
+    resumed = f", {units['resumed']} by earlier runs" if units["resumed"] else ""
+    retried = f", {units['retried']} attempts failed" if units["retried"] else ""
+    rate = f", {amount(target / converting)}/s while converting" if converting and not units["resumed"] else ""
+    times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
+    for label, text in (
+        ("checkpoint", f"{found['checkpoint']}, {amount(target)} in {units['total']} units{resumed}{retried}"),
+        ("time", f"{found['wall_seconds']:.1f} s{rate} ({times})"),
+        ("cpu", f"{found['cpu_seconds']:.1f} s, {found['executor']}"),
+        ("read", f"{amount(read)} in {found['requests']:,} requests, {found['read_amplification']:.2f} x what is used"),
+        ("written", f"{amount(written)}, {found['write_amplification']:.2f} x the target"),
+        ("memory", f"heaviest worker {amount(peak)}, of which buffers may take {amount(budget)}"),
+    ):
+        console.print(f"{label:<12}{text}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ plan
+
+
+def template(address: Address) -> str:
+    """A name with its holes.
+
+    >>> from shardconv.axes import address
+    >>> template(address("layers.{layers}.w", "heads embed", {"layers": 2, "heads": 2, "embed": 4}))
+    'layers.{layers}.w'
+    """
+    holes = (f"{{{' '.join(digit.axis for digit in hole.dim)}{f'+{hole.start}' if hole.start else ''}}}" for hole in address.holes)
+    parts = address.name.split("{}")
+    return parts[0] + "".join(hole + part for hole, part in zip(holes, parts[1:], strict=True))
+
+
+def dims(address: Address) -> str:
+    """Its dims, as they are written.
+
+    >>> from shardconv.axes import address
+    >>> dims(address("w", "(heads head_dim) embed", {"heads": 2, "head_dim": 3, "embed": 4}))
+    '(heads head_dim) embed'
+    """
+    return " ".join(_dim(dim) for dim in address.dims)
+
+
+def _dim(dim: Dim) -> str:
+    axes = [digit.axis for digit in dim]
+    return axes[0] if len(axes) == 1 else f"({' '.join(axes)})"
+
+
+def _spec(spec: Spec) -> str:
+    return "replicated" if not any(spec) else f"({', '.join('-' if axes is None else str(axes) for axes in spec)})"
+
+
+def _groups(plan: Plan) -> list[tuple[Leaf, int]]:
+    """Leaves that are alike but for a number in their names: the first one, and how many there are."""
+    counts: dict[tuple[object, ...], tuple[Leaf, int]] = {}
+    for leaf in plan.leaves:
+        key = (leaf.template, leaf.shape, leaf.dtype, leaf.chunk, leaf.inner)
+        first, count = counts.get(key, (leaf, 0))
+        counts[key] = (first, count + 1)
+    return list(counts.values())
+
+
+def _largest(plan: Plan) -> Unit:
+    return max(plan.units, key=lambda unit: unit.bytes_written)
+
+
+def plan_json(plan: Plan) -> Json:
+    """The plan as data; a plan exists only when nothing is unmapped or missing, so those two lists are empty."""
+    source, used = plan.source, used_bytes(plan)
+    return {
+        "source": {"path": source.root, "format": source.format, "files": len(source.files), "tensors": len(source.tensors)},
+        "family": plan.family,
+        "layout": plan.layout,
+        "tied": plan.tied,
+        "source_bytes": source.total_bytes,
+        "used_bytes": used,
+        "target_bytes": plan.target_bytes,
+        "bytes_read": plan.bytes_read,
+        "read_amplification": _ratio(plan.bytes_read, used),
+        "requests": plan.requests,
+        "peak_bytes_per_worker": plan.peak_bytes,
+        "units": len(plan.units),
+        "largest_unit_bytes": _largest(plan).bytes_written,
+        "files_to_write": files_to_write(plan),
+        "mesh": {"axes": dict(plan.mesh.axes), "rules": {axis: list(rule) for axis, rule in plan.mesh.rules.items()}},
+        "unmapped": [],
+        "missing": [],
+        "leaves": [_leaf_json(leaf) for leaf in plan.leaves],
+        "notes": list(plan.notes),
+        "digest": plan.digest(),
+    }
+
+
+def _leaf_json(leaf: Leaf) -> Json:
+    sources = [
+        {"param": part.param, "name": template(part.source), "dims": dims(part.source), "dtype": part.stored} for part in leaf.parts
+    ]
+    return {
+        "name": leaf.name,
+        "template": leaf.template,
+        "sources": sources,
+        "dims": [dims(part.target) for part in leaf.parts],
+        "shape": list(leaf.shape),
+        "dtype": leaf.dtype,
+        "value": "exact" if leaf.exact else "rounds",
+        "padding": leaf.zeros,
+        "chunk": list(leaf.chunk),
+        "inner_chunk": list(leaf.inner),
+        "chunks": leaf.chunks,
+        "partition_spec": [list(axes) if isinstance(axes, tuple) else axes for axes in leaf.spec],
+        "bytes": leaf.nbytes,
+    }
+
+
+def files_to_write(plan: Plan) -> int:
+    """About how many files the checkpoint will have: a manifest and its data per unit, and a few for the whole."""
+    return 2 * len(plan.units) + 6
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The plan for people: one line per group of leaves, then what the run will take."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("target", "source", "dims", "shape", "dtype", "values", "chunk", "inner", "sharding"):
+        table.add_column(heading, overflow="fold")
+    for leaf, count in _groups(plan):
+        table.add_row(
+            leaf.template + (f" x {count}" if count > 1 else ""),
+            "\n".join(template(part.source) for part in leaf.parts),
+            "\n".join(f"{dims(part.source)} -> {dims(part.target)}" for part in leaf.parts),
+            _shape(leaf.shape),
+            leaf.dtype,
+            "exact" if leaf.exact else "rounds",
+            _shape(leaf.chunk),
+            _shape(leaf.inner),
+            _spec(leaf.spec),
+        )
+    console.print(table)
+    console.print()
+    console.print(_plan_facts(plan))
+
+
+def _plan_facts(plan: Plan) -> Table:
+    source, used = plan.source, used_bytes(plan)
+    facts = Table.grid(padding=(0, 2))
+    rounds = sum(not leaf.exact for leaf in plan.leaves)
+    facts.add_row("source", f"{source.root}: {amount(source.total_bytes)}, {len(source.tensors)} tensors in {len(source.files)} files")
+    facts.add_row("target", f"{plan.layout}, {amount(plan.target_bytes)} in {len(plan.leaves)} arrays, {rounds} of which round")
+    reads = f"{amount(plan.bytes_read)} in {plan.requests:,} requests, {_ratio(plan.bytes_read, used):.2f} x what is used"
+    facts.add_row("reads", reads)
+    largest = amount(_largest(plan).bytes_written)
+    facts.add_row("work", f"{len(plan.units)} units, the largest {largest}; about {files_to_write(plan)} files")
+    facts.add_row("memory", f"{amount(plan.peak_bytes)} of buffers per worker")
+    facts.add_row("mesh", ", ".join(f"{axis} {size}" for axis, size in plan.mesh.axes.items()) or "none: arrays are whole")
+    for note in plan.notes:
+        facts.add_row("note", note)
+    return facts
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+# --------------------------------------------------------------------------------------------------------------- listing
+
+
+def listing_json(listing: Listing) -> Json:
+    """A listing as data."""
+    tensors = [
+        {"name": e.name, "shape": list(e.shape), "dtype": e.dtype, "bytes": e.nbytes, "where": e.where}
+        | ({"chunk": list(e.chunk)} if e.chunk is not None else {})
+        for e in listing.entries
+    ]
+    total = {"tensors": len(tensors), "bytes": listing.nbytes, "files": len({e.where for e in listing.entries})}
+    return {"path": listing.path, "format": listing.format, "total": total, "tensors": tensors, "notes": list(listing.notes)}
+
+
+def print_listing(listing: Listing, console: Console) -> None:
+    """A listing for people."""
+    chunked = any(entry.chunk is not None for entry in listing.entries)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("name", "shape", "dtype", "bytes", *(["chunk"] if chunked else []), "in"):
+        table.add_column(heading, overflow="fold", justify="right" if heading == "bytes" else "left")
+    for entry in listing.entries:
+        chunk = [_shape(entry.chunk)] if entry.chunk is not None else []
+        table.add_row(entry.name, _shape(entry.shape), entry.dtype, f"{entry.nbytes:,}", *chunk, entry.where)
+    console.print(table)
+    places = len({entry.where for entry in listing.entries})
+    kind = "directories" if listing.format == "orbax" else "files"
+    console.print(f"{len(listing.entries)} tensors, {amount(listing.nbytes)}, {places} {kind}, {listing.format}")
+    for note in listing.notes:
+        console.print(f"note: {note}")
