@@ -25,7 +25,7 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
 
 
 def file_of(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
-    """A file of arrays in the order given, one element or more to a byte; written without the project's writer."""
+    """A file of arrays in the order given, their elements not packed; made without the project's writer."""
     header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     data = b""
     for name, array in arrays.items():

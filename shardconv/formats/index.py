@@ -134,7 +134,7 @@ def _notes_on_surplus(
     for key, files in elsewhere.items():
         if key in tensors:
             twice.setdefault((tensors[key].file, " and ".join(files)), []).append(key)
-        elif key not in index.weight_map:
+        else:  # it is not in the index at all: a tensor that the index looks for in another file is a problem already
             unnamed.setdefault((" and ".join(files), ""), []).append(key)
     yield from _sentences(_TWICE, index, twice)
     yield from _sentences(_UNNAMED, index, unnamed)
