@@ -11,8 +11,9 @@ What a number *means* is a family's fact, not a name: Gemma's norms multiply by 
 says whether it folds such a fact into the stored value (`scale`, `shift`), so that `flat` keeps the bits and `maxtext` gets what it reads.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from shardconv.axes import Address, Axes, address
 from shardconv.errors import InputError, Problem
@@ -91,6 +92,12 @@ class Model:
         """The canonical names of its parameters."""
         return frozenset(param.name for param in self.params)
 
+    @property
+    def says_tied(self) -> bool:
+        """Whether config.json says that the output projection is the embedding; what is in the file decides, see `coverage.is_tied`."""
+        said = self.config.get("tie_word_embeddings")
+        return self.family.tied_by_default if said is None else bool(said)
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -110,13 +117,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout's table for one model: slots, the axes it splits or adds, and what a reader must be told."""
+    """A layout's table for one model: slots, the axes it splits or adds, and what a reader must be told.
+
+    `metadata` goes into the checkpoint, for programs; `notes` are for people, `when_tied` only where no output projection is written.
+    """
 
     name: str
     slots: tuple[Slot, ...]
     axes: Axes = field(default_factory=dict)
     metadata: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    when_tied: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,45 +148,62 @@ class LayoutOptions:
         return self.vocab_size - stored if self.vocab_size else 0
 
 
-def bind(family: Family, config: HFConfig, params: Iterable[str] | None = None) -> Model:
-    """Fills a family's axes and facts from config.json; raises InputError that lists every entry it lacks.
+def bind(family: Family, config: HFConfig) -> Model:
+    """Fills a family's axes and facts from config.json; raises InputError with everything that they need and do not find there.
 
-    `params` restricts the model to these canonical names.
+    >>> from shardconv.families import families
+    >>> bind(families()["llama"], {"hidden_size": 64, "num_attention_heads": 4})
+    Traceback (most recent call last):
+    shardconv.errors.InputError: config.json does not describe a llama model (3 problems):
+      layers: there is no "num_hidden_layers"
+          use the config.json that belongs to the checkpoint
+      mlp: there is no "intermediate_size"
+          use the config.json that belongs to the checkpoint
+      vocab: there is no "vocab_size"
+          use the config.json that belongs to the checkpoint
     """
-    problems: list[Problem] = []
-    axes = {axis: _size(axis, size, config, problems) for axis, size in family.axes.items()}
+    problems: dict[str, list[str]] = {}
+
+    def found(name: str, entry: str | float | Callable[[HFConfig], float]) -> float:
+        try:
+            return entry(config) if callable(entry) else whole_number(config, entry) if isinstance(entry, str) else entry
+        except ValueError as error:
+            problems.setdefault(str(error), []).append(name)
+            return 1
+
+    axes = {axis: int(found(axis, size)) for axis, size in family.axes.items()}
+    facts = {"query_scale": axes.get("head_dim", 1) ** -0.5, "norm_shift": 0.0, "embed_scale": 1.0}
+    facts |= {name: found(name, fact) for name, fact in family.facts.items()}
     if problems:
-        raise InputError(f"config.json does not describe a {family.name} model", problems)
-    facts: dict[str, float] = {"query_scale": axes.get("head_dim", 1) ** -0.5, "norm_shift": 0.0, "embed_scale": 1.0}
-    facts |= {name: fact(config) if callable(fact) else fact for name, fact in family.facts.items()}
-    kept = None if params is None else frozenset(params)
-    chosen = (p for p in family.params if (not p.when or config.get(p.when)) and (kept is None or p.name in kept))
-    return Model(family, config, axes, facts, tuple(chosen))
+        remedy = "use the config.json that belongs to the checkpoint"
+        listed = [Problem(f"{', '.join(names)}: {fact}", remedy) for fact, names in problems.items()]
+        raise InputError(f"config.json does not describe a {family.name} model", listed)
+    return Model(family, config, axes, facts, tuple(param for param in family.params if not param.when or config.get(param.when)))
 
 
-def _size(axis: str, size: Size, config: HFConfig, problems: list[Problem]) -> int:
-    if isinstance(size, int):
-        return size
-    try:
-        value = size(config) if callable(size) else config[size]
-    except KeyError as error:
-        problems.append(Problem(f"it has no entry {error.args[0]!r} for the axis {axis}", "use the config.json that belongs to the checkpoint"))
-        return 1
-    if not isinstance(value, int) or value < 1:
-        problems.append(Problem(f"its entry for the axis {axis} is {value!r}, not a positive number"))
-        return 1
+def whole_number(config: HFConfig, entry: str) -> int:
+    """An entry of config.json that counts something; raises ValueError with what is there instead, which `bind` collects."""
+    value = config.get(entry)
+    if value is None:
+        raise ValueError(f'there is no "{entry}"')
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'"{entry}" is {json.dumps(value)}, not a positive whole number')
     return value
 
 
 def head_dim(config: HFConfig) -> int:
     """`head_dim`, or hidden_size / num_attention_heads where config.json leaves it out."""
-    given = config.get("head_dim")
-    return int(str(given)) if given else int(str(config["hidden_size"])) // int(str(config["num_attention_heads"]))
+    if config.get("head_dim") is not None:
+        return whole_number(config, "head_dim")
+    size, heads = whole_number(config, "hidden_size"), whole_number(config, "num_attention_heads")
+    if size % heads:
+        raise ValueError(f'there is no "head_dim", and "hidden_size" {size} is no multiple of "num_attention_heads" {heads}')
+    return size // heads
 
 
 def kv_heads(config: HFConfig) -> int:
     """`num_key_value_heads`, or num_attention_heads where config.json leaves it out (Llama 1 and 2)."""
-    return int(str(config.get("num_key_value_heads") or config["num_attention_heads"]))
+    return whole_number(config, "num_attention_heads" if config.get("num_key_value_heads") is None else "num_key_value_heads")
 
 
 DECODER_AXES: Mapping[str, Size] = {
@@ -192,4 +220,4 @@ DECODER_AXES: Mapping[str, Size] = {
 def renamed(params: Sequence[Param], **names: str) -> tuple[Param, ...]:
     """The same rows under other canonical names: `renamed(ROWS, mlp_norm="attn_post_norm")` for `layers.mlp_norm`."""
     moved = {f"layers.{old}": f"layers.{new}" for old, new in names.items()}
-    return tuple(Param(moved.get(p.name, p.name), p.key, p.dims, p.part, p.linear, p.when) for p in params)
+    return tuple(replace(param, name=moved.get(param.name, param.name)) for param in params)

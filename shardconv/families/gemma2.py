@@ -1,7 +1,7 @@
 """Gemma 2: four norms a layer, each multiplying by 1 + w; embeddings scaled at run time; local and global layers alternate."""
 
 from shardconv.families.llama import ATTENTION, ENDS, LAYER, MLP
-from shardconv.family import DECODER_AXES, Family, renamed, tensor
+from shardconv.family import DECODER_AXES, Family, renamed, tensor, whole_number
 
 NORMS = (
     tensor("layers.mlp_norm", LAYER + "pre_feedforward_layernorm.weight", "embed"),
@@ -16,7 +16,7 @@ FAMILY = Family(
     tied_by_default=True,
     facts={
         "norm_shift": 1.0,
-        "embed_scale": lambda config: float(str(config["hidden_size"])) ** 0.5,
-        "query_scale": lambda config: float(str(config["query_pre_attn_scalar"])) ** -0.5,
+        "embed_scale": lambda config: whole_number(config, "hidden_size") ** 0.5,
+        "query_scale": lambda config: whole_number(config, "query_pre_attn_scalar") ** -0.5,
     },
 )

@@ -1,36 +1,31 @@
 """The plain layout: nested canonical names, kernels [in, out], heads apart, nothing folded into values.
 
 `layers.{layers}.attn.q` with dims `embed heads head_dim`; scanned, `layers.attn.q` with `layers` as the first dim. Experts are stacked
-after `layers`. It is derived from the family's own rows, so that a new family has it for free. RoPE stays as the checkpoint has it (the
-two halves of a head), norms and embeddings keep their bits; the numbers to apply at run time are in the checkpoint's metadata.
+after `layers`. It is derived from the family's own rows, so that a new family has it for free: a fused tensor is taken apart, the axes of
+a dim become dims. Values keep their bits; what a reader applies at run time (a query scale, 1 + w, an embedding scale) is in the
+checkpoint's metadata, with the order of the rotary dims, which is the checkpoint's ("half") unless `target.rope` says otherwise.
 """
 
-from shardconv.axes import groups
 from shardconv.family import Layout, LayoutOptions, Model, Param, Slot
+from shardconv.layouts.options import fitted
 
 
 def layout(model: Model, options: LayoutOptions) -> Layout:
-    """The flat layout of a model."""
-    slots = tuple(_slot(param, model, options) for param in model.params)
-    metadata = {"scan_layers": options.scan_layers, "rope": "half", **model.facts}
-    return Layout("flat", slots, {"vocab_pad": options.padding(model)}, metadata)
+    """The flat layout of a model; raises InputError where the options cannot be had."""
+    slots = tuple(_slot(param, model, options.scan_layers) for param in model.params)
+    notes = ("target.query_dtype changes nothing: this layout folds no scale into the query",) if options.query_dtype else ()
+    rope = "half" if options.rope == "auto" else options.rope
+    return fitted(Layout("flat", slots, metadata=model.facts, notes=notes), model, options, rope)
 
 
-def _slot(param: Param, model: Model, options: LayoutOptions) -> Slot:
-    dims = [_ungrouped(group) for group in groups(param.dims)]
+def _slot(param: Param, model: Model, scanned: bool) -> Slot:
+    address = param.address(model.axes)
+    dims = [[digit.axis for digit in dim] for dim in address.dims]
     if param.linear:
         dims = [*dims[1:], dims[0]]
-    stacked = [axis for axis in param.address(model.axes).named if axis != "layers"]
-    text = " ".join([*stacked, *dims])
-    if options.vocab_size:
-        text = text.replace("vocab", "(vocab | vocab_pad)")
-    dtype = options.query_dtype if param.name == "layers.attn.q" else ""
+    axes = [axis for axis in address.named if axis != "layers"] + [axis for dim in dims for axis in dim]
     if not param.name.startswith("layers."):
-        return Slot(param.name, param.name, text, dtype=dtype)
-    if options.scan_layers:
-        return Slot(param.name, param.name, f"layers {text}", dtype=dtype)
-    return Slot(param.name, param.name.replace("layers.", "layers.{layers}.", 1), text, dtype=dtype)
-
-
-def _ungrouped(group: str) -> str:
-    return group[1:-1] if group.startswith("(") and "|" not in group else group
+        return Slot(param.name, param.name, " ".join(axes))
+    if scanned:
+        return Slot(param.name, param.name, " ".join(["layers", *axes]))
+    return Slot(param.name, param.name.replace("layers.", "layers.{layers}.", 1), " ".join(axes))

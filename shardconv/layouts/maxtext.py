@@ -12,14 +12,17 @@ Gemma        norms are stored as 1 + w, the embedding times sqrt(embed), and a l
 vocabulary   rows are padded with zeros up to `target.vocab_size`, the `vocab_size` of the MaxText config.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from shardconv.axes import Axes
 from shardconv.errors import InputError, Problem
 from shardconv.family import Layout, LayoutOptions, Model, Slot
+from shardconv.layouts.options import fitted
 
 ROOT = "params.params."
 LAYERS = ROOT + "decoder.layers."
+ELSEWHERE = 'use target.layout = "flat"'
 
 ENDS = (
     Slot("embed", ROOT + "token_embedder.embedding", "vocab embed", scale="embed_scale"),
@@ -88,46 +91,52 @@ DECODERS: Mapping[str, tuple[tuple[Slot, ...], bool]] = {
 
 
 def layout(model: Model, options: LayoutOptions) -> Layout:
-    """MaxText's layout of a model; raises InputError where MaxText has no decoder block or no place for a parameter."""
+    """MaxText's layout of a model; raises InputError where MaxText has no decoder block, or no place for a parameter."""
     name = model.family.name
     if name not in DECODERS:
-        raise InputError(f"MaxText has no decoder block for {name} models", [Problem(f"it has: {', '.join(DECODERS)}", "use target.layout = \"flat\"")])
+        known = ", ".join(DECODERS)
+        raise InputError(f"MaxText has no decoder block for {name} models", [Problem(f"it has: {known}", ELSEWHERE)])
     slots, folds_query = DECODERS[name]
+    kept = [_query(slot, folds_query, options.query_dtype) for slot in (*ENDS, *slots) if slot.param in model.names]
+    if homeless := sorted(model.names - {slot.param for slot in kept}):
+        raise InputError("MaxText has no place for some parameters", [Problem(param, ELSEWHERE) for param in homeless])
     rope = _rope(model, options)
-    known = [_finished(slot, options, rope, folds_query) for slot in (*ENDS, *slots) if slot.param in model.names]
-    if homeless := sorted(model.names - {slot.param for slot in known}):
-        raise InputError("MaxText has no place for some parameters", [Problem(param, "use target.layout = \"flat\"") for param in homeless])
-    axes = _axes(model, options, rope)
-    metadata = {"scan_layers": options.scan_layers, "rope": rope}
-    return Layout("maxtext", tuple(known), axes, metadata, _notes(model, options, rope))
+    table = Layout(
+        "maxtext",
+        tuple(kept if options.scan_layers else map(_unscanned, kept)),
+        _pairs_of_layers(model) if slots is GEMMA2 else {},
+        {"folded": _folded(kept, model)},
+        tuple(_notes(model, options, rope, folds_query)),
+        when_tied="load with logits_via_embedding = true in the MaxText config, as there is no logits_dense",
+    )
+    return fitted(table, model, options, rope)
 
 
-def _finished(slot: Slot, options: LayoutOptions, rope: str, folds_query: bool) -> Slot:
-    """The slot with what the options change in it."""
-    if slot.param in ("layers.attn.q", "layers.attn.q_bias"):
-        slot = replace(slot, scale="query_scale" if folds_query else "", dtype=options.query_dtype)
-    if rope == "interleaved" and slot.param in ("layers.attn.q", "layers.attn.k", "layers.attn.q_bias", "layers.attn.k_bias"):
-        slot = replace(slot, dims=slot.dims.replace("head_dim", "(pair half)"))
-    if options.vocab_size:
-        slot = replace(slot, dims=slot.dims.replace("vocab", "(vocab | vocab_pad)"))
-    stacked = {"layers", "blocks"} & set(slot.dims.split())
-    if not options.scan_layers and stacked:
-        (axis,) = stacked
-        dims = slot.dims.replace(f" {axis}", "", 1)
-        slot = replace(slot, name=slot.name.replace("decoder.layers.", f"decoder.layers_{{{axis}}}."), dims=dims)
+def _query(slot: Slot, folds: bool, dtype: str) -> Slot:
+    """The slot with the query scale and the dtype that was asked for it, if it is the query's."""
+    return replace(slot, scale="query_scale", dtype=dtype) if folds and slot.param in ("layers.attn.q", "layers.attn.q_bias") else slot
+
+
+def _unscanned(slot: Slot) -> Slot:
+    """The slot with its layers in the name instead of on axis 1."""
+    for axis in ("layers", "blocks"):
+        if f" {axis}" in slot.dims:
+            name = slot.name.replace("decoder.layers.", f"decoder.layers_{{{axis}}}.")
+            return replace(slot, name=name, dims=slot.dims.replace(f" {axis}", "", 1))
     return slot
 
 
-def _axes(model: Model, options: LayoutOptions, rope: str) -> dict[str, int | str | tuple[str, ...]]:
-    axes: dict[str, int | str | tuple[str, ...]] = {"vocab_pad": options.padding(model)}
-    if rope == "interleaved":
-        axes |= {"head_dim": "half pair", "half": 2, "pair": int(str(model.axes["head_dim"])) // 2}
-    if model.family.name == "gemma2":
-        layers = int(str(model.axes["layers"]))
-        if layers % 2:
-            raise InputError("MaxText stacks pairs of a local and a global layer", [Problem(f"num_hidden_layers is {layers}, an odd number")])
-        axes |= {"layers": "blocks kind", "blocks": layers // 2, "kind": ("local", "global")}
-    return axes
+def _pairs_of_layers(model: Model) -> Axes:
+    layers = int(str(model.axes["layers"]))
+    if layers % 2:
+        raise InputError("MaxText stacks pairs of a local and a global layer", [Problem(f"num_hidden_layers is {layers}, an odd number", ELSEWHERE)])
+    return {"layers": "blocks kind", "blocks": layers // 2, "kind": ("local", "global")}
+
+
+def _folded(slots: Iterable[Slot], model: Model) -> dict[str, float]:
+    """The facts that stored values carry, where they change a value."""
+    used = {fact for slot in slots for fact in (slot.scale, slot.shift) if fact}
+    return {fact: model.facts[fact] for fact in sorted(used) if model.facts[fact] != (0 if fact == "norm_shift" else 1)}
 
 
 def _rope(model: Model, options: LayoutOptions) -> str:
@@ -138,9 +147,10 @@ def _rope(model: Model, options: LayoutOptions) -> str:
     return "interleaved" if model.family.name == "llama" and kind == "llama3" else "half"
 
 
-def _notes(model: Model, options: LayoutOptions, rope: str) -> tuple[str, ...]:
-    if model.family.name != "llama":
-        return ()
+def _notes(model: Model, options: LayoutOptions, rope: str, folds_query: bool) -> Iterator[str]:
     if rope == "interleaved":
-        return ("query and key are in RoPE pairs: load with a MaxText config that has rope_type llama3.1 (target.rope = \"half\" for others)",)
-    return ("query and key are in RoPE halves: load with a MaxText config that has rope_type default (target.rope = \"interleaved\" for llama3.1)",)
+        yield 'query and key are in RoPE pairs: load with a MaxText config that has rope_type llama3.1 (target.rope = "half" for others)'
+    elif model.family.name == "llama":
+        yield 'query and key are in RoPE halves: load with a MaxText config that has rope_type default (target.rope = "interleaved" for llama3.1)'
+    if options.query_dtype and not folds_query:
+        yield f"target.query_dtype changes nothing: MaxText scales the query of {model.family.name} models at run time"
