@@ -1,15 +1,18 @@
 """Axis names are logical sharding axes: mesh rules turn a target address into a PartitionSpec.
 
-`[mesh] rules` gives an axis the mesh axes that split it, in the way of Flax's and MaxText's logical axis rules: dims are taken from the
-left, and a mesh axis that an earlier dim has taken is not used again. A dim of several axes goes by the first of them that has a rule,
-since splitting the outermost digit keeps every shard one block.
+`[mesh] rules` gives an axis the mesh axes that split it, and works as Flax's and MaxText's logical axis rules do: rules are taken in the
+order in which they are written; a rule applies to the dim that has its axis, unless that dim has got a rule already, or another dim of
+the array one of its mesh axes. What no rule applies to is not split.
+
+Names are those of the family: a dim of several axes answers to each of them, and an axis that a layout has split answers to the whole
+(`(pair half)` goes by the rule for `head_dim`, `blocks` by that for `layers`). Shards are contiguous blocks of the stored array.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from shardconv.axes import Address
+from shardconv.axes import Address, Axes
 from shardconv.errors import Problem
 
 Spec = tuple[None | str | tuple[str, ...], ...]
@@ -17,7 +20,7 @@ Spec = tuple[None | str | tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class MeshRules:
-    """Mesh axes with their numbers of devices, and for each named axis the mesh axes that split it."""
+    """Mesh axes with their numbers of devices, and for each named axis the mesh axes that split it, first come first served."""
 
     axes: Mapping[str, int]
     rules: Mapping[str, tuple[str, ...]]
@@ -28,22 +31,39 @@ class MeshRules:
         return math.prod(self.axes.values())
 
 
-def partition(address: Address, mesh: MeshRules) -> Spec:
-    """The PartitionSpec of an address' tensors, one entry per dim.
+def partition(address: Address, axes: Axes, mesh: MeshRules) -> Spec:
+    """The PartitionSpec of an address' tensors, one entry per dim; `axes` says which axes are split into which.
 
     >>> from shardconv.axes import address
-    >>> mesh = MeshRules({"fsdp": 4, "tensor": 2}, {"embed": ("fsdp",), "heads": ("tensor",), "mlp": ("fsdp", "tensor")})
-    >>> partition(address("q", "embed heads head_dim", {"embed": 8, "heads": 4, "head_dim": 2}), mesh)
+    >>> axes = {"embed": 8, "heads": 4, "head_dim": 2}
+    >>> mesh = MeshRules({"fsdp": 4, "tensor": 2}, {"embed": ("fsdp",), "heads": ("tensor",), "head_dim": ("fsdp", "tensor")})
+    >>> partition(address("q", "embed heads head_dim", axes), axes, mesh)
     ('fsdp', 'tensor', None)
     """
+    governed = _governed(address, axes, mesh)
+    entries = (mesh.rules[governed[place]] if place in governed else () for place in range(len(address.dims)))
+    return tuple(None if not entry else entry[0] if len(entry) == 1 else entry for entry in entries)
+
+
+def _governed(address: Address, axes: Axes, mesh: MeshRules) -> dict[int, str]:
+    """The dims that a rule applies to, with the axis that the rule is for."""
+    whole = {finer: axis for axis, size in axes.items() if isinstance(size, str) for finer in size.split()}
+    names = [{name for digit in dim for name in _names(digit.axis, whole)} for dim in address.dims]
+    governed: dict[int, str] = {}
     taken: set[str] = set()
-    spec: list[None | str | tuple[str, ...]] = []
-    for dim in address.dims:
-        rule = next((mesh.rules[digit.group] for digit in dim if mesh.rules.get(digit.group)), ())
-        free = tuple(axis for axis in rule if axis not in taken)
-        taken |= set(free)
-        spec.append(None if not free else free[0] if len(free) == 1 else free)
-    return tuple(spec)
+    for axis, rule in mesh.rules.items():
+        place = next((place for place, answers in enumerate(names) if axis in answers), None)
+        if rule and place is not None and place not in governed and taken.isdisjoint(rule):
+            governed[place] = axis
+            taken.update(rule)
+    return governed
+
+
+def _names(axis: str, whole: Mapping[str, str]) -> Iterator[str]:
+    """An axis, the axis that it is a part of, and so on."""
+    yield axis
+    if axis in whole:
+        yield from _names(whole[axis], whole)
 
 
 def shards(spec: Spec, mesh: MeshRules) -> tuple[int, ...]:
@@ -52,12 +72,13 @@ def shards(spec: Spec, mesh: MeshRules) -> tuple[int, ...]:
     return tuple(math.prod(mesh.axes[axis] for axis in entry) for entry in names)
 
 
-def misfits(name: str, address: Address, spec: Spec, mesh: MeshRules) -> list[Problem]:
+def misfits(name: str, address: Address, axes: Axes, mesh: MeshRules) -> list[Problem]:
     """The dims that their mesh axes do not divide; JAX has no uneven shards."""
     problems = []
-    for dim, size, count, entry in zip(address.dims, address.shape, shards(spec, mesh), spec, strict=True):
+    for place, axis in sorted(_governed(address, axes, mesh).items()):
+        size, rule = address.shape[place], mesh.rules[axis]
+        count = math.prod(mesh.axes[entry] for entry in rule)
         if size % count:
-            axis = next(digit.group for digit in dim if mesh.rules.get(digit.group))
-            fact = f"{name}: {axis} is {size}, which {count} shards along {entry} do not divide"
-            problems.append(Problem(fact, f'set mesh.rules.{axis} = "" or a mesh axis that divides {size}'))
+            fact = f"{name}: dim {place} ({axis}) is {size}, which {count} shards along {' and '.join(rule)} do not divide"
+            problems.append(Problem(fact, f'set mesh.rules.{axis} = "" or to a mesh axis that divides {size}'))
     return problems
