@@ -1,7 +1,9 @@
 """From a config to a plan: open the source, find the family, bind it, lay it out, plan. Headers only."""
 
+import sys
+
 from shardconv.budget import default_budget, this_machine
-from shardconv.config import Config
+from shardconv.config import Config, OutputSection
 from shardconv.coverage import TIED, is_tied
 from shardconv.errors import InputError, Problem
 from shardconv.families import find
@@ -35,8 +37,15 @@ def plan_from_config(config: Config, *, compare_ends: bool = False) -> Plan:
         chunk_bytes=config.output.chunk_bytes,
         memory_budget=worker_budget(config),
         ends_equal=_ends_equal(source, model) if compare_ends else None,
+        store_copies=_store_copies(config.output),
     )
     return make_plan(source, model, LAYOUTS[target.layout](model, chosen), options)
+
+
+def _store_copies(output: OutputSection) -> int:
+    """Copies of a chunk that a store holds while it encodes it: at most one in ours, three in TensorStore's; see `sinks.chunk_writer`."""
+    ours = output.zarr == 3 and output.ocdbt and output.compression == "none" and sys.byteorder == "little"
+    return 1 if ours else 3
 
 
 def _ends_equal(source: Source, model: Model) -> bool | None:
