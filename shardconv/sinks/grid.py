@@ -40,10 +40,14 @@ _RESTART = "run again with --restart: what is written does not belong to this pl
 
 @dataclass
 class _Found:
-    """What lies in the databases: who holds each key, and a holder of each text that an array's metadata has."""
+    """What lies in the databases.
+
+    Who holds each key; a holder of each text that an array's metadata has; why a database cannot be read.
+    """
 
     holders: dict[str, list[str]]
     documents: dict[str, dict[bytes, str]]
+    unreadable: dict[str, str]
 
 
 def check_grid(stage: str, specs: Sequence[ArraySpec], attempts: Sequence[str], options: StoreOptions) -> list[Problem]:
@@ -63,6 +67,7 @@ def check_grid(stage: str, specs: Sequence[ArraySpec], attempts: Sequence[str], 
         stores = [("", {"driver": "file", "path": f"{stage}/"})]
     found = _read(stores, {metadata_key(spec, options) for spec in specs}, context)
     return [
+        *_unreadable(stage, found),
         *_clashes(specs),
         *_missing(specs, found, options),
         *_doubles(specs, found, options),
@@ -73,23 +78,35 @@ def check_grid(stage: str, specs: Sequence[ArraySpec], attempts: Sequence[str], 
 
 def _read(stores: Sequence[tuple[str, Json]], documents: Collection[str], context: ts.Context) -> _Found:
     """The keys of all databases, and the values of those that are array metadata."""
-    found = _Found(defaultdict(list), defaultdict(dict))
-    for attempt, store in _opened(stores, context):
-        keys = [key.decode() for key in store.list().result()]
+    found = _Found(defaultdict(list), defaultdict(dict), {})
+    for attempt, opening in _opened(stores, context):
+        try:
+            store = opening.result()
+            keys = [key.decode() for key in store.list().result()]
+            read = {key: store.read(key) for key in keys if key in documents}
+            texts = {key: reading.result().value for key, reading in read.items()}
+        except (OSError, ValueError) as error:  # what TensorStore says of a file that is damaged or gone
+            found.unreadable[attempt] = str(error).partition(" [tensorstore_spec")[0]
+            continue
         for key in keys:
             found.holders[key].append(attempt)
-        for key, reading in [(key, store.read(key)) for key in keys if key in documents]:
-            found.documents[key].setdefault(reading.result().value, attempt)
+        for key, text in texts.items():
+            found.documents[key].setdefault(text, attempt)
     return found
 
 
-def _opened(stores: Sequence[tuple[str, Json]], context: ts.Context) -> Iterator[tuple[str, ts.KvStore]]:
+def _opened(stores: Sequence[tuple[str, Json]], context: ts.Context) -> Iterator[tuple[str, ts.Future[ts.KvStore]]]:
     for start in range(0, len(stores), _AT_A_TIME):
-        opening = [
-            (name, ts.KvStore.open(store, context=context)) for name, store in stores[start : start + _AT_A_TIME]
-        ]
-        for name, future in opening:
-            yield name, future.result()
+        some = stores[start : start + _AT_A_TIME]
+        yield from [(name, ts.KvStore.open(store, context=context)) for name, store in some]
+
+
+def _unreadable(stage: str, found: _Found) -> Iterator[Problem]:
+    if found.unreadable:
+        attempt, why = min(found.unreadable.items())
+        path = attempt_path(stage, attempt) if attempt else stage
+        fact = f"{len(found.unreadable)} unit databases cannot be read, such as {path}\n{why}"
+        yield Problem(fact, "run again with --restart, on a disk that keeps what it is given")
 
 
 def _clashes(specs: Sequence[ArraySpec]) -> Iterator[Problem]:
@@ -129,7 +146,7 @@ def _strangers(specs: Sequence[ArraySpec], found: _Found, options: StoreOptions)
     expected = {key for spec in specs for key in stored_keys(spec, options)}
     strangers: dict[str, list[str]] = defaultdict(list)
     for key in sorted(found.holders.keys() - expected):
-        strangers[template(key)].append(key)
+        strangers[template(key.partition("/")[0])].append(key)
     for name, keys in strangers.items():
         yield Problem(f"{name}: {len(keys)} keys belong to no array of the plan, such as {_some(keys)}", _RESTART)
 

@@ -1,0 +1,354 @@
+"""The sink's other half: the commit, what plain Orbax makes of it, and what a kill leaves.
+
+Checkpoints are written and committed here, and read by `read_checkpoints.py`, a process of its own that does not import
+shardconv.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shardconv.boxes import box_shape, chunk_box, slices
+from shardconv.errors import CheckError, ConfigError, RunError
+from shardconv.sinks.chunk_writer import UnitWriter
+from shardconv.sinks.commit import CommitRequest, run_commit
+from shardconv.sinks.orbax_commit import commit
+from shardconv.sinks.paths import create_stage, final_path, stage_path
+from shardconv.sinks.spec import ArraySpec, StoreOptions
+
+READER = Path(__file__).with_name("read_checkpoints.py")
+METADATA = {
+    "scan_layers": True,
+    "shardconv": {"partition_specs": {"params.w": ["fsdp", None]}, "checksums": {"params.w": "0f"}},
+}
+PLAIN = StoreOptions()
+STORES = {
+    "zarr3 zstd": StoreOptions(compression="zstd"),
+    "zarr2": StoreOptions(zarr=2),
+    "zarr2 zstd": StoreOptions(zarr=2, compression="zstd"),
+    "zarr3 files": StoreOptions(ocdbt=False),
+    "zarr2 files zstd": StoreOptions(zarr=2, ocdbt=False, compression="zstd"),
+}
+PLACES = {
+    "bare": (None, None),
+    "step": (3, None),
+    "maxtext": (0, "items"),
+    "default": (0, "default"),
+    "state": (0, "state"),
+    "item": (None, "items"),
+}
+
+# A scanned leaf, one layer a chunk, inner chunks a quarter; a leaf whose last chunks are clipped; a scalar; a vector;
+# zeros.
+SPECS = {
+    "params.layers.w": (
+        ArraySpec(("params", "layers", "w"), (16, 3, 8), "bfloat16", (16, 1, 8), (4, 1, 8)),
+        ["y", None, "x"],
+    ),
+    "params.clipped": (ArraySpec(("params", "clipped"), (10, 6), "float32", (4, 4), (2, 2)), ["x", None]),
+    "params.scalar": (ArraySpec(("params", "scalar"), (), "float32", (), ()), []),
+    "params.norm": (ArraySpec(("params", "norm"), (24,), "float32", (8,), (4,)), ["y"]),
+    "params.padding": (ArraySpec(("params", "padding"), (8, 4), "bfloat16", (4, 4), (2, 4)), [None, "y"]),
+}
+DTYPES = [
+    "bool",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "float16",
+    "bfloat16",
+    "float32",
+    "complex64",
+    "float8_e5m2",
+    "float8_e4m3fn",
+    "float8_e8m0fnu",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float4_e2m1fn",
+]
+
+
+def values(spec: ArraySpec) -> Any:
+    """Small numbers, all of which every dtype but the smallest holds; zeros in what is called padding."""
+    high = {"bool": 2, "float4_e2m1fn": 3, "float8_e8m0fnu": 2}.get(spec.dtype, 8)
+    numbers = np.random.default_rng(len(spec.name)).integers(0, 1 if "padding" in spec.name else high, spec.shape)
+    return (numbers + (spec.dtype == "float8_e8m0fnu")).astype(spec.numpy)
+
+
+def write(
+    out: str, step: int | None, item: str | None, specs: list[ArraySpec], options: StoreOptions = PLAIN
+) -> CommitRequest:
+    """One unit per chunk."""
+    stage = create_stage(out, step, item)
+    attempts = []
+    for spec in specs:
+        array = values(spec)
+        for number in range(math.prod(spec.grid)):
+            attempts.append(f"u{len(attempts)}x0")
+            box = chunk_box(spec.shape, spec.chunk, number)
+            with UnitWriter(stage, attempts[-1], options) as writer:
+                writer.write(spec, box, np.ascontiguousarray(array[slices(box)]).reshape(box_shape(box)))
+                writer.finish()
+    return CommitRequest(out, step, item, tuple(specs), tuple(attempts), options, METADATA)
+
+
+def few() -> list[ArraySpec]:
+    return [spec for spec, _ in SPECS.values()]
+
+
+def arrays(specs: list[ArraySpec], partitions: dict[str, list[str | None]]) -> dict[str, Any]:
+    return {s.name: [s.shape, s.dtype, values(s).tobytes().hex(), partitions.get(s.name, [None, "y"])] for s in specs}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What Orbax reads of checkpoints in all places, of all stores, of all dtypes."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    dtypes = [ArraySpec(("params", dtype), (6, 8), dtype, (4, 8), (2, 4)) for dtype in DTYPES]
+    jobs = [(name, *place, few(), PLAIN) for name, place in PLACES.items()]
+    jobs += [(name, None, None, few(), options) for name, options in STORES.items()]
+    jobs += [("dtypes", None, None, dtypes, PLAIN), ("dtypes zarr2", None, None, dtypes, STORES["zarr2"])]
+    expected = []
+    for name, step, item, specs, options in jobs:
+        out = f"{root}/{name}"
+        assert commit(write(out, step, item, specs, options)).path == (out if step is None else f"{out}/{step}")
+        partitions = {n: partition for n, (_, partition) in SPECS.items()}
+        expected.append({"name": name, "step": step, "item": item, "arrays": arrays(specs, partitions)})
+    (root / "expected.json").write_text(json.dumps(expected))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, str(READER), str(root)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+PLAIN_CALLS = {
+    "v0 PyTree, no target": "equal, numpy",
+    "v0 PyTree, numpy": "equal, numpy",
+    "v0 PyTree, 8 devices": "equal, 8 devices",
+    "v0 Standard, no target": "equal, numpy",
+    "v0 Standard, numpy": "equal, numpy",
+    "v0 Standard, 1 device": "equal, 1 devices",
+    "v0 Standard, 8 devices": "equal, 8 devices",
+    "v1 load, no target": "equal, numpy",
+    "v1 load, numpy": "equal, numpy",
+    "v1 load, 1 device": "equal, 1 devices",
+    "v1 load, 8 devices": "equal, 8 devices",
+}
+MANAGERS = {
+    "step": [],
+    "default": ["v0 Manager, no target", "v0 Manager, item, 8 devices"],
+    "maxtext": ["v0 Manager, item, no target", "v0 Manager, item, 8 devices"],
+    "state": [
+        "v0 Manager, item, no target",
+        "v0 Manager, item, 8 devices",
+        "v1 training, no target",
+        "v1 training, 8 devices",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", [*PLACES, *STORES, "dtypes", "dtypes zarr2"])
+def test_both_generations_of_orbax_restore_it_bit_for_bit(report: Any, name: str) -> None:
+    found = report[name]["calls"]
+    assert {call: found[call] for call in PLAIN_CALLS} == PLAIN_CALLS
+    managers = {call for call, verdict in found.items() if call not in PLAIN_CALLS and verdict.startswith("equal")}
+    assert managers == set(MANAGERS.get(name, []))
+
+
+@pytest.mark.parametrize("name", [*PLACES, *STORES])
+def test_custom_metadata_is_found_by_plain_calls(report: Any, name: str) -> None:
+    found = dict(report[name]["metadata"])
+    if name == "step":  # the manager wants an item
+        found.pop("v0 Manager")
+    assert found == dict.fromkeys(found, METADATA)
+    assert {"v0 PyTree", "v1"} <= found.keys()
+
+
+def test_the_step_is_as_maxtext_reads_it(tmp_path: Path) -> None:
+    request = write(f"{tmp_path}/out", 0, "items", few())
+    run_commit(request, str(tmp_path))
+    assert final_path(f"{tmp_path}/out", 0, "items") == f"{tmp_path}/out/0/items"
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["0"]
+    document = json.loads((tmp_path / "out/0/_CHECKPOINT_METADATA").read_text())
+    times = [document.pop(f"{when}_timestamp_nsecs") for when in ("init", "commit")]
+    assert times == sorted(times)
+    (handler,) = document["item_handlers"].values()
+    assert handler.endswith(".PyTreeCheckpointHandler")
+    assert document == {"item_handlers": {"items": handler}, "custom_metadata": METADATA}
+    names = {name for name in os.listdir(tmp_path / "out/0/items") if not name.startswith("ocdbt.process_")}
+    assert names == {"_METADATA", "manifest.ocdbt", "d"}
+
+
+def test_what_is_written_cannot_be_read_before_the_commit(tmp_path: Path) -> None:
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.experimental import v1
+
+    out = f"{tmp_path}/out"
+    for step, item in [(None, None), (0, "items")]:
+        write(out, step, item, few())
+        stage = stage_path(out, step, item)
+        assert not os.path.exists(final_path(out, step, item))
+        with pytest.raises((ValueError, FileNotFoundError)):
+            ocp.PyTreeCheckpointer().restore(stage)
+        with pytest.raises((ValueError, FileNotFoundError)):
+            v1.load(stage)
+    assert ocp.CheckpointManager(out).all_steps() == []
+
+
+def test_a_finished_output_is_refused(tmp_path: Path) -> None:
+    out = f"{tmp_path}/out"
+    request = write(out, None, None, few()[-1:])
+    os.makedirs(out)  # an empty directory is nothing finished
+    commit(request)
+    again = write(out, None, None, few()[-1:])
+    with pytest.raises(ConfigError) as refused:
+        run_commit(again, str(tmp_path))
+    assert str(refused.value) == (
+        f"the output exists (1 problem):\n  {out} exists\n      choose another output.path or output.step, or remove it"
+    )
+    with pytest.raises(ConfigError) as refused:
+        commit(write(out, 1, "items", few()[-1:]))
+    assert str(refused.value) == (
+        "the output exists (1 problem):\n"
+        f"  {out} is a checkpoint itself; step 1 cannot go into it\n"
+        "      choose another output.path, or leave output.step out"
+    )
+
+
+def test_an_incomplete_output_is_refused_and_kept(tmp_path: Path) -> None:
+    out = f"{tmp_path}/out"
+    request = write(out, None, None, few())
+    before = sorted(os.listdir(stage_path(out, None, None)))
+    with pytest.raises(CheckError) as refused:
+        run_commit(replace(request, arrays=(*request.arrays, replace(few()[0], path=("more",)))), str(tmp_path))
+    assert str(refused.value) == (
+        "the checkpoint is not complete (1 problem):\n"
+        "  more: 4 of 4 keys are missing, such as more/zarr.json, more/c/0/0/0, more/c/0/1/0, ...\n"
+        "      run again with --restart: what is written does not belong to this plan"
+    )
+    assert not os.path.exists(out)
+    assert sorted(os.listdir(stage_path(out, None, None))) == before
+    with pytest.raises(CheckError, match=r"other.orbax-checkpoint-tmp is not there"):
+        commit(replace(request, out=f"{tmp_path}/other"))
+    assert commit(request).path == out
+
+
+def test_losers_do_not_get_into_the_checkpoint(tmp_path: Path) -> None:
+    out, (spec,) = f"{tmp_path}/out", few()[-1:]
+    request = write(out, None, None, [spec])
+    with UnitWriter(stage_path(out, None, None), "u0x1", PLAIN) as writer:
+        box = chunk_box(spec.shape, spec.chunk, 0)
+        writer.write(spec, box, np.ones(box_shape(box), spec.numpy))
+        writer.finish()
+    assert commit(request).discarded == ("u0x1",)
+    assert not [name for name in os.listdir(out) if "u0x1" in name]
+
+
+def test_a_commit_that_dies_is_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = write(f"{tmp_path}/out", None, None, few()[-1:])
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONHOME", "/nowhere")  # Python cannot start
+        with pytest.raises(RunError) as died:
+            run_commit(request, str(tmp_path))
+    lines = str(died.value).splitlines()
+    assert lines[0] == "the commit failed (1 problem):"
+    assert lines[1].endswith(f"-m shardconv.sinks.orbax_commit {tmp_path}/commit.json ended with code 1")
+    assert lines[-1] == "      run the same command again; what is written is kept"
+    assert run_commit(request, str(tmp_path)).path == f"{tmp_path}/out"
+
+
+KILL_AT_EVERY_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from shardconv.sinks.commit import CommitRequest
+from shardconv.sinks.orbax_commit import commit
+from shardconv.sinks.paths import checkpoint_path
+request = CommitRequest.from_json(Path(sys.argv[1]).read_text())
+done = checkpoint_path(request.out, request.step)
+place = os.path.dirname(request.out)
+CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
+seen = 0
+
+def hook(event, args):
+    global seen
+    changes = event in CHANGES or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if changes and isinstance(args[0], (str, os.PathLike)) and os.fspath(args[0]).startswith(place):
+        if seen == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+
+for limit in range(100):  # the n-th run is killed before its n-th change, and starts from what the run before has left
+    child = os.fork()
+    if not child:
+        sys.addaudithook(hook)
+        commit(request)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    print(limit, os.path.exists(done), flush=True)
+    if os.path.exists(done):
+        break
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [((None, None), PLAIN), ((0, "items"), PLAIN), ((None, None), StoreOptions(ocdbt=False))],
+    ids=["bare", "items", "files"],
+)
+def test_a_commit_killed_before_any_of_its_writes_is_run_again(
+    tmp_path: Path, place: Any, options: StoreOptions
+) -> None:
+    import orbax.checkpoint as ocp
+
+    out = f"{tmp_path}/out"
+    request = write(out, *place, few(), options)
+    (tmp_path / "request.json").write_text(request.to_json())
+    command = [sys.executable, "-c", KILL_AT_EVERY_WRITE, str(tmp_path / "request.json")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *killed, last = done.stdout.split("\n")[:-1]
+    assert len(killed) >= 5
+    assert all(line.endswith("False") for line in killed)
+    assert last == f"{len(killed)} True"
+    restored = ocp.PyTreeCheckpointer().restore(final_path(out, *place))["params"]
+    for spec in few():
+        leaf = restored
+        for key in spec.path[1:]:
+            leaf = leaf[key]
+        assert np.asarray(leaf).tobytes() == values(spec).tobytes()
+
+
+def test_the_driver_loads_neither_jax_nor_orbax(tmp_path: Path) -> None:
+    request = write(f"{tmp_path}/out", None, None, few()[-1:])
+    (tmp_path / "request.json").write_text(request.to_json())
+    script = """
+import sys
+from pathlib import Path
+from shardconv.sinks.commit import CommitRequest, run_commit
+import shardconv.sinks.paths, shardconv.sinks.spec, shardconv.sinks.chunk_writer
+run_commit(CommitRequest.from_json(Path(sys.argv[1]).read_text()), sys.argv[2])
+loaded = {"jax", "orbax", "tensorstore", "ray", "torch"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "request.json"), str(tmp_path)], check=True)
+
+
+def test_a_request_survives_json() -> None:
+    request = CommitRequest(
+        "/out", 0, "items", tuple(few()), ("u0x0", "u1x0"), StoreOptions(2, False, "zstd", 5), METADATA
+    )
+    assert CommitRequest.from_json(request.to_json()) == request
