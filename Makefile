@@ -1,6 +1,7 @@
 # make demo   convert a checkpoint of about 1 GB, made on the spot
 # make test   lint, types and tests
 # make lint   lint and types only
+# make bench  measure the figures of docs/benchmarks.md again; needs 60 GB of disk and half an hour
 # make clean  remove what these leave behind
 #
 # Each sets up what it needs under .venv, once, and again when pyproject.toml changes.
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 PLAIN := .venv/plain-$(notdir $(PYTHON))
 FULL := .venv/$(EXTRAS)-$(notdir $(PYTHON))
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(PLAIN)/.ready
 	$(PLAIN)/bin/python -m shardconv.demo build/demo
@@ -26,6 +27,9 @@ test: lint
 lint: $(FULL)/.ready
 	$(FULL)/bin/ruff check .
 	$(FULL)/bin/mypy
+
+bench: $(PLAIN)/.ready
+	$(PLAIN)/bin/python scripts/benchmark.py build/bench
 
 clean:
 	rm -rf .venv build shardconv.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

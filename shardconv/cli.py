@@ -24,6 +24,9 @@ HELP = """Convert PyTorch and safetensors checkpoints into sharded Orbax checkpo
 
 Exit codes: 0 done; 2 usage or config; 3 the source is not as it should be; 4 a check failed; 5 stopped, and can be resumed."""
 
+# Of tables in files and pipes: a parameter's name, its source and its shapes fit on a line.
+WIDTH = 300
+
 app = typer.Typer(cls=Door, help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file; `shardconv init` writes one.")]
@@ -50,8 +53,9 @@ def _root(
 
 
 def _console() -> Console:
-    # Names of sections and shapes have square brackets, which rich would take for its own.
-    return Console(markup=False, highlight=False)
+    """Stdout for tables: without markup, because names and shapes have square brackets, and wide where no terminal sets the width."""
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
+    return Console(markup=False, highlight=False, width=wide)
 
 
 def _echo_json(value: object) -> None:

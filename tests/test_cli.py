@@ -77,6 +77,14 @@ def test_help_names_every_command_and_exit_code() -> None:
     assert set(re.findall(r"(\d) [a-z]", out.partition("Exit codes:")[2].partition("Options")[0])) == {str(int(c)) for c in ExitCode}
 
 
+def test_the_readme_names_commands_and_codes_that_there_are() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (shell,) = re.findall(r"```sh\n(.*?)```", readme, flags=re.DOTALL)
+    for command in re.findall(r"^shardconv (\w+)", shell, flags=re.MULTILINE):
+        assert type_in(command, "--help")[0] == 0
+    assert re.findall(r"^\| (\d) \|", readme, flags=re.MULTILINE) == sorted([str(int(code)) for code in ExitCode] + [str(UNEXPECTED)])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

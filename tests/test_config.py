@@ -1,5 +1,6 @@
 """Configs: the five shipped ones load, overrides go where they say, and every mistake is told word for word."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -51,6 +52,14 @@ def test_a_shipped_config_loads_and_says_every_key_with_its_sentence(name: str) 
     heading, _, body = path.read_text().partition("\n\n")
     assert body == sections
     assert all(line.startswith("# ") for line in heading.splitlines())
+
+
+def test_the_config_in_the_readme_loads_and_says_all_that_is_needed(here: Path) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", (CONFIGS.parent / "README.md").read_text(), flags=re.DOTALL)
+    config = load(text)
+    shipped = load_config(str(CONFIGS / "llama70b.toml"))
+    assert config.target.layout == "maxtext"
+    assert (config.source, config.mesh, config.output) == (shipped.source, shipped.mesh, shipped.output)
 
 
 def test_there_are_no_other_configs() -> None:
