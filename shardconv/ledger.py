@@ -187,7 +187,7 @@ class Ledger:
             fields = data["header"]
             files = {name: SourceMark(**mark) for name, mark in fields.pop("files").items()}
             return Header(files=files, **fields)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError) as error:
             problem = Problem(f"{self.job_path}: {error}", "use --restart to discard what was begun")

@@ -131,7 +131,8 @@ def line(tally: Tally, progress: Progress, workers: Sequence[WorkerState]) -> st
     if workers:
         heaviest = max(worker.peak_rss for worker in workers)
         busy = sum(worker.unit is not None for worker in workers)
-        parts.append(f"{busy} of {len(workers)} workers busy, the heaviest {amount(heaviest)} (buffers may take {amount(tally.began.budget)})")
+        budget = amount(tally.began.budget)
+        parts.append(f"{busy} of {len(workers)} workers busy, the heaviest {amount(heaviest)} (buffers may take {budget})")
     return ", ".join(parts)
 
 

@@ -17,7 +17,8 @@ report.json, whose keys are stable:
     units                  {total, resumed (finished by earlier runs), retried (attempts that failed in this run)}
     stages                 wall seconds by stage: plan, prepare, start, units, commit, close
     processes              [{role (driver, worker, commit), host, pid, cpu_seconds, peak_rss_bytes}]
-    executor, workers      where the units ran, and how many at a time
+    executor               where the units ran
+    workers                how many units at a time
     checkpoint             path of the checkpoint
     versions               of shardconv, Python and the libraries
     notes                  what the plan had to say

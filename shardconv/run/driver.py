@@ -18,7 +18,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -181,7 +181,7 @@ class _Run:
     def _make(self, prepared: Prepared) -> None:
         pending = [unit.number for unit in self._plan.units if unit.number not in prepared.records]
         self._stages.enter("start")
-        with closing(self._events(pending)) as events:
+        with closing(self._events(tuple(pending))) as events:
             for event in events if pending else ():
                 self._hear(event)
                 if isinstance(event, Finished):
@@ -197,7 +197,7 @@ class _Run:
             # Leaving here stops the executor, which takes Ray a second; the commit goes on meanwhile.
         self._sealed = self._await_seal()
 
-    def _events(self, pending: list[int]) -> Generator[Event, None, None]:
+    def _events(self, pending: Sequence[int]) -> Generator[Event, None, None]:
         request, machine = self._request, this_machine()
         count = request.count or machine.cores
         if request.executor == "local":

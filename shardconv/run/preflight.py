@@ -10,14 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import shardconv
-from shardconv.errors import ConfigError, InputError, Problem, RunError
+from shardconv.errors import ConfigError, Problem, RunError
 from shardconv.ledger import Header, Ledger, SourceMark, differences, refusal
 from shardconv.plan import Plan
-from shardconv.run.job import ASIDE, Job, Place, load_job
+from shardconv.run.job import Job, Place, load_job
 from shardconv.sinks.chunk_writer import sweep
 from shardconv.sinks.paths import STAGE_SUFFIX, checkpoint_path, create_stage
 from shardconv.sinks.spec import StoreOptions, attempt_path
@@ -63,10 +63,9 @@ class Prepared:
 def prepare(request: Request, plan: Plan, ledger: Ledger) -> Prepared:
     """Begin a conversion, or find where to go on.
 
-    Raises ConfigError for a checkpoint or a stage in the way and for too small a budget, InputError for a state of another config or
+    Raises ConfigError for a checkpoint or a stage in the way, InputError for a state of another config or
     source, RunError where there is no room.
     """
-    _require_budget(request, plan)
     if request.restart:
         _discard(request, ledger)
     present = header_of(request, plan)
@@ -110,13 +109,6 @@ def refuse_existing(request: Request) -> None:
     if not any(os.path.exists(os.path.join(place, mark)) for place in places for mark in MARKS):
         fact = f"{path} exists and is no Orbax checkpoint (it has none of {', '.join(MARKS)})"
         raise ConfigError("the output is not replaced", [Problem(fact, "choose another output.path, or remove it yourself")])
-
-
-def _require_budget(request: Request, plan: Plan) -> None:
-    if plan.peak_bytes > request.budget:
-        leaf = max(plan.leaves, key=lambda leaf: leaf.peak_bytes)
-        fact = f"one chunk of {leaf.name}, {leaf.chunk}, takes {leaf.peak_bytes:,} bytes; workers.memory_budget is {request.budget:,}"
-        raise ConfigError("the memory budget is too small", [Problem(fact, f"set workers.memory_budget to {leaf.peak_bytes} or more")])
 
 
 def _discard(request: Request, ledger: Ledger) -> None:

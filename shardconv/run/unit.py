@@ -4,6 +4,7 @@ This is all that executors know of the work; what a unit *is* lives in `work.do_
 every unit of a run has the same, and with it its buffers.
 """
 
+import os
 import secrets
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -27,7 +28,7 @@ class _Worker:
 
 
 @lru_cache(maxsize=1)
-def _worker(state: str) -> _Worker:
+def _worker(state: str, _begun: tuple[int, int]) -> _Worker:
     ledger = Ledger(state)
     return _Worker(ledger, load_job(ledger), load_plan(ledger), Heartbeat(ledger.workers))
 
@@ -37,7 +38,8 @@ def run_unit(state: str, unit: int) -> Finished:
 
     Raises InputError for a source that is not what the plan says, RunError for a disk that fails.
     """
-    worker = _worker(state)
+    stat = os.stat(Ledger(state).job_path)
+    worker = _worker(state, (stat.st_mtime_ns, stat.st_ino))  # a restart in the same place is another job
     job, attempt = worker.job, f"u{unit}x{secrets.token_hex(3)}"
     worker.heartbeat.begin(unit)
     try:
