@@ -15,16 +15,16 @@ from shardconv.errors import Problem
 
 # What converting needs, with the oldest release that will do; a test compares it with pyproject.toml.
 REQUIRED = {
-    "jax": "0.6",
+    "jax": "0.6.2",
     "ml_dtypes": "0.5",
-    "numpy": "2.0",
+    "numpy": "2.1",
     "orbax-checkpoint": "0.11.26",
     "psutil": "5.9",
     "pydantic": "2.7",
     "ray": "2.60",
     "rich": "13.8",
-    "tensorstore": "0.1.71",
-    "typer": "0.15",
+    "tensorstore": "0.1.85",
+    "typer": "0.19",
     "xxhash": "3.0",
 }
 # What only the comparison with PyTorch needs.

@@ -91,7 +91,7 @@ def test_the_readme_names_commands_and_codes_that_there_are() -> None:
         (["plan"], "Missing argument 'CONFIG'."),
         (["plan", "c.toml", "--jsn"], "No such option: --jsn"),
         (["pla", "c.toml"], "No such command 'pla'."),
-        (["init", "tiny"], "Missing option '--layout'."),
+        (["init", "tiny"], "Missing option '--layout'"),
         (["run", "c.toml", "--executor", "dask"], "'dask' is not one of 'ray', 'local'."),
     ],
 )
