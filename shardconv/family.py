@@ -191,6 +191,19 @@ def whole_number(config: HFConfig, entry: str) -> int:
     return value
 
 
+def either(*entries: str) -> Callable[[HFConfig], int]:
+    """The first of several entries that is there, for one that has been renamed.
+
+    >>> either("num_experts", "num_local_experts")({"num_local_experts": 8})
+    8
+    """
+
+    def first(config: HFConfig) -> int:
+        return whole_number(config, next((entry for entry in entries if config.get(entry) is not None), entries[0]))
+
+    return first
+
+
 def head_dim(config: HFConfig) -> int:
     """`head_dim`, or hidden_size / num_attention_heads where config.json leaves it out."""
     if config.get("head_dim") is not None:
