@@ -25,6 +25,10 @@ from orbax.checkpoint.experimental import v1
 
 logging.disable()
 
+# Their names before Orbax 0.12.
+load = getattr(v1, "load", None) or v1.load_pytree
+v1_metadata = getattr(v1, "metadata", None) or v1.pytree_metadata
+
 
 def nest(leaves: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
@@ -88,11 +92,11 @@ def calls(root: str, step: int | None, item: str | None, targets: dict[str, Any]
         "v0 PyTree, numpy": as_numpy,
         "v0 PyTree, 8 devices": sharded,
         "v0 Standard, no target": lambda: standard.restore(final),
-        "v1 load, no target": lambda: v1.load(checkpoint),
+        "v1 load, no target": lambda: load(checkpoint),
     }
     for kind, target in targets.items():
         result[f"v0 Standard, {kind}"] = lambda target=target: standard.restore(final, target)
-        result[f"v1 load, {kind}"] = lambda target=target: v1.load(checkpoint, target)
+        result[f"v1 load, {kind}"] = lambda target=target: load(checkpoint, target)
     if step is not None:
         named = ocp.args.Composite(**{item or "default": ocp.args.StandardRestore(targets["8 devices"])})
         result["v0 Manager, no target"] = lambda: ocp.CheckpointManager(root).restore(step)
@@ -110,7 +114,7 @@ def documents(root: str, step: int | None, item: str | None) -> dict[str, Callab
     final = f"{checkpoint}/{item}" if item else checkpoint
     result: dict[str, Callable[[], Any]] = {
         "v0 PyTree": lambda: ocp.PyTreeCheckpointer().metadata(final).item_metadata.custom_metadata,
-        "v1": lambda: v1.metadata(checkpoint).custom_metadata,
+        "v1": lambda: v1_metadata(checkpoint).custom_metadata,
     }
     if step is not None:
         result["v0 Manager"] = lambda: ocp.CheckpointManager(root).metadata(step).custom_metadata

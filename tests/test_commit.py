@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from shardconv.boxes import box_shape, chunk_box, slices
@@ -23,6 +24,13 @@ from shardconv.sinks.commit import CommitRequest, run_commit
 from shardconv.sinks.orbax_commit import commit
 from shardconv.sinks.paths import create_stage, final_path, stage_path
 from shardconv.sinks.spec import ArraySpec, StoreOptions
+
+ORBAX = tuple(map(int, ocp.__version__.split(".")[:3]))
+V1_READS_V0 = ORBAX >= (0, 11, 36)  # before, it knows no checkpoints but its own
+V1_TRAINING_READS_STATE = ORBAX >= (0, 12)  # before, it looks for "pytree"
+# Older Orbax leaves its event loops open, which is told when they are collected.
+OPEN_LOOPS = "error" if ORBAX >= (0, 11, 36) else "ignore"
+pytestmark = pytest.mark.filterwarnings(f"{OPEN_LOOPS}::pytest.PytestUnraisableExceptionWarning")
 
 READER = Path(__file__).with_name("read_checkpoints.py")
 METADATA = {
@@ -162,9 +170,11 @@ MANAGERS = {
 @pytest.mark.parametrize("name", [*PLACES, *STORES, "dtypes", "dtypes zarr2"])
 def test_both_generations_of_orbax_restore_it_bit_for_bit(report: Any, name: str) -> None:
     found = report[name]["calls"]
-    assert {call: found[call] for call in PLAIN_CALLS} == PLAIN_CALLS
+    plain = {call: verdict for call, verdict in PLAIN_CALLS.items() if V1_READS_V0 or not call.startswith("v1")}
+    assert {call: found[call] for call in plain} == plain
     managers = {call for call, verdict in found.items() if call not in PLAIN_CALLS and verdict.startswith("equal")}
-    assert managers == set(MANAGERS.get(name, []))
+    readers = MANAGERS.get(name, [])
+    assert managers == {call for call in readers if V1_TRAINING_READS_STATE or not call.startswith("v1")}
 
 
 @pytest.mark.parametrize("name", [*PLACES, *STORES])
@@ -172,8 +182,10 @@ def test_custom_metadata_is_found_by_plain_calls(report: Any, name: str) -> None
     found = dict(report[name]["metadata"])
     if name == "step":  # the manager wants an item
         found.pop("v0 Manager")
+    if not V1_READS_V0:
+        found.pop("v1")
     assert found == dict.fromkeys(found, METADATA)
-    assert {"v0 PyTree", "v1"} <= found.keys()
+    assert "v0 PyTree" in found
 
 
 def test_the_step_is_as_maxtext_reads_it(tmp_path: Path) -> None:
@@ -193,9 +205,9 @@ def test_the_step_is_as_maxtext_reads_it(tmp_path: Path) -> None:
 
 
 def test_what_is_written_cannot_be_read_before_the_commit(tmp_path: Path) -> None:
-    import orbax.checkpoint as ocp
     from orbax.checkpoint.experimental import v1
 
+    load = getattr(v1, "load", None) or v1.load_pytree  # its name before Orbax 0.12
     out = f"{tmp_path}/out"
     for step, item in [(None, None), (0, "items")]:
         write(out, step, item, few())
@@ -204,7 +216,7 @@ def test_what_is_written_cannot_be_read_before_the_commit(tmp_path: Path) -> Non
         with pytest.raises((ValueError, FileNotFoundError)):
             ocp.PyTreeCheckpointer().restore(stage)
         with pytest.raises((ValueError, FileNotFoundError)):
-            v1.load(stage)
+            load(stage)
     assert ocp.CheckpointManager(out).all_steps() == []
 
 
@@ -312,8 +324,6 @@ for limit in range(100):  # the n-th run is killed before its n-th change, and s
 def test_a_commit_killed_before_any_of_its_writes_is_run_again(
     tmp_path: Path, place: Any, options: StoreOptions
 ) -> None:
-    import orbax.checkpoint as ocp
-
     out = f"{tmp_path}/out"
     request = write(out, *place, few(), options)
     (tmp_path / "request.json").write_text(request.to_json())
