@@ -429,7 +429,7 @@ def _tie_notes(
         yield f"{key} is in the checkpoint and config.json says tied: run compares it with the embedding and writes it only if it differs"
     elif tied:
         yield f"{key} equals the embedding: tied, no output projection is written"
-    elif equal is False and key in stored:
+    elif model.says_tied and key in stored:
         yield f"{key} differs from the embedding although config.json says tied: it is written, and the model is not tied"
     if tied and advice:
         yield advice
