@@ -72,9 +72,9 @@ def plan(config: ConfigPath, overrides: Set = None, as_json: Json = False) -> No
     from shardconv.report import plan_json, print_plan
 
     if as_json:
-        _echo_json(plan_json(found))
+        _echo_json(plan_json(found, ocdbt=loaded.output.ocdbt))
     else:
-        print_plan(found, _console())
+        print_plan(found, _console(), ocdbt=loaded.output.ocdbt)
 
 
 @app.command()

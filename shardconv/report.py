@@ -34,6 +34,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import cast
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 import shardconv
@@ -194,7 +195,7 @@ def _largest(plan: Plan) -> Unit:
     return max(plan.units, key=lambda unit: unit.bytes_written)
 
 
-def plan_json(plan: Plan) -> Json:
+def plan_json(plan: Plan, *, ocdbt: bool) -> Json:
     """The plan as data; a plan exists only when nothing is unmapped or missing, so those two lists are empty."""
     source, used = plan.source, used_bytes(plan)
     return {
@@ -211,7 +212,7 @@ def plan_json(plan: Plan) -> Json:
         "peak_bytes_per_worker": plan.peak_bytes,
         "units": len(plan.units),
         "largest_unit_bytes": _largest(plan).bytes_written,
-        "files_to_write": files_to_write(plan),
+        "files_to_write": files_to_write(plan, ocdbt=ocdbt),
         "mesh": {"axes": dict(plan.mesh.axes), "rules": {axis: list(rule) for axis, rule in plan.mesh.rules.items()}},
         "unmapped": [],
         "missing": [],
@@ -242,43 +243,62 @@ def _leaf_json(leaf: Leaf) -> Json:
     }
 
 
-def files_to_write(plan: Plan) -> int:
-    """About how many files the checkpoint will have: a manifest and its data per unit, and a few for the whole."""
-    return 2 * len(plan.units) + 6
+def files_to_write(plan: Plan, *, ocdbt: bool) -> int:
+    """About how many files the checkpoint will have: a manifest and its data per unit, or one per chunk, and a few for the whole."""
+    return 6 + (2 * len(plan.units) if ocdbt else sum(leaf.chunks + 1 for leaf in plan.leaves))
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """The plan for people: one line per group of leaves, then what the run will take."""
+def print_plan(plan: Plan, console: Console, *, ocdbt: bool) -> None:
+    """The plan for people: a line per group of leaves, or a few where the terminal is narrow, then what the run will take."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("target", "source", "dims", "shape", "dtype", "values", "chunk", "inner", "sharding"):
-        table.add_column(heading, overflow="fold")
-    for leaf, count in _groups(plan):
-        table.add_row(
-            leaf.template + (f" x {count}" if count > 1 else ""),
-            "\n".join(template(part.source) for part in leaf.parts),
-            "\n".join(f"{dims(part.source)} -> {dims(part.target)}" for part in leaf.parts),
-            _shape(leaf.shape),
-            leaf.dtype,
-            "exact" if leaf.exact else "rounds",
-            _shape(leaf.chunk),
-            _shape(leaf.inner),
-            _spec(leaf.spec),
-        )
-    console.print(table)
+        table.add_column(heading, no_wrap=True)
+    rows = [_plan_row(leaf, count) for leaf, count in _groups(plan)]
+    for row in rows:
+        table.add_row(*row)
+    if Measurement.get(console, console.options.update(max_width=10**6), table).maximum <= console.width:
+        console.print(table)
+    else:
+        for row in rows:
+            _print_row(row, console)
     console.print()
-    console.print(_plan_facts(plan))
+    console.print(_plan_facts(plan, ocdbt=ocdbt))
 
 
-def _plan_facts(plan: Plan) -> Table:
+def _plan_row(leaf: Leaf, count: int) -> tuple[str, ...]:
+    return (
+        leaf.template + (f" x {count}" if count > 1 else ""),
+        "\n".join(template(part.source) for part in leaf.parts),
+        "\n".join(f"{dims(part.source)} -> {dims(part.target)}" for part in leaf.parts),
+        _shape(leaf.shape),
+        leaf.dtype,
+        "exact" if leaf.exact else "rounds",
+        _shape(leaf.chunk),
+        _shape(leaf.inner),
+        _spec(leaf.spec),
+    )
+
+
+def _print_row(row: tuple[str, ...], console: Console) -> None:
+    """A group of leaves as a paragraph of short lines."""
+    target, sources, how, shape, dtype, values, chunk, inner, spec = row
+    console.print(target, style="bold")
+    for source, change in zip(sources.splitlines(), how.splitlines(), strict=True):
+        console.print(f"    {source}\n    {change}")
+    console.print(f"    {shape} {dtype}, {values}, {spec}\n    chunk {chunk}, inner {inner}")
+
+
+def _plan_facts(plan: Plan, *, ocdbt: bool) -> Table:
     source, used = plan.source, used_bytes(plan)
     facts = Table.grid(padding=(0, 2))
     rounds = sum(not leaf.exact for leaf in plan.leaves)
     facts.add_row("source", f"{source.root}: {amount(source.total_bytes)}, {len(source.tensors)} tensors in {len(source.files)} files")
     facts.add_row("target", f"{plan.layout}, {amount(plan.target_bytes)} in {len(plan.leaves)} arrays, {rounds} of which round")
     reads = f"{amount(plan.bytes_read)} in {plan.requests:,} requests, {_ratio(plan.bytes_read, used):.2f} x what is used"
+    facts.add_row("names", "none missing, none unmapped")
     facts.add_row("reads", reads)
     largest = amount(_largest(plan).bytes_written)
-    facts.add_row("work", f"{len(plan.units)} units, the largest {largest}; about {files_to_write(plan)} files")
+    facts.add_row("work", f"{len(plan.units)} units, the largest {largest}; about {files_to_write(plan, ocdbt=ocdbt)} files")
     facts.add_row("memory", f"{amount(plan.peak_bytes)} of buffers per worker")
     facts.add_row("mesh", ", ".join(f"{axis} {size}" for axis, size in plan.mesh.axes.items()) or "none: arrays are whole")
     for note in plan.notes:

@@ -116,7 +116,7 @@ def test_tensors_that_nothing_uses_are_not_used(plan: Plan) -> None:
 
 
 def test_a_plan_as_data(plan: Plan) -> None:
-    found = plan_json(plan)
+    found = plan_json(plan, ocdbt=True)
     assert json.loads(json.dumps(found)) == found
     assert found["read_amplification"] == 1.0
     assert (found["units"], found["unmapped"], found["missing"]) == (1, [], [])
@@ -133,7 +133,7 @@ def test_a_plan_as_data(plan: Plan) -> None:
 
 def test_a_plan_for_people(plan: Plan) -> None:
     out = io.StringIO()
-    print_plan(plan, Console(file=out, width=250))
+    print_plan(plan, Console(file=out, width=250), ocdbt=True)
     text = out.getvalue()
     (query,) = [row for row in text.splitlines() if row.startswith("layers.{layers}.attn.q ")]
     for part in ("x 4", "model.layers.{layers}.self_attn.q_proj.weight", "64 x 4 x 16", "bfloat16", "exact", "(fsdp, tensor, -)"):
@@ -143,10 +143,27 @@ def test_a_plan_for_people(plan: Plan) -> None:
     assert f"{plan.peak_bytes / 1000:.1f} kB of buffers per worker" in text
 
 
+def test_a_plan_on_a_narrow_terminal_breaks_between_facts_and_not_inside_them(plan: Plan) -> None:
+    out = io.StringIO()
+    print_plan(plan, Console(file=out, width=80), ocdbt=True)
+    lines = out.getvalue().splitlines()
+    start = lines.index("layers.{layers}.attn.q x 4")
+    assert lines[start + 1 : start + 4] == [
+        "    model.layers.{layers}.self_attn.q_proj.weight",
+        "    (heads head_dim) embed -> embed heads head_dim",
+        "    64 x 4 x 16 bfloat16, exact, (fsdp, tensor, -)",
+    ]
+
+
+def test_a_store_without_ocdbt_has_a_file_per_chunk(plan: Plan) -> None:
+    chunks = sum(leaf.chunks for leaf in plan.leaves)
+    assert plan_json(plan, ocdbt=False)["files_to_write"] == 6 + chunks + len(plan.leaves)
+
+
 def test_alike_leaves_share_a_line_only_if_they_are_alike(plan: Plan) -> None:
     odd = tuple(replace(leaf, dtype="float32") if leaf.name == "layers.2.attn.q" else leaf for leaf in plan.leaves)
     out = io.StringIO()
-    print_plan(replace(plan, leaves=odd), Console(file=out, width=250))
+    print_plan(replace(plan, leaves=odd), Console(file=out, width=250), ocdbt=True)
     rows = [row for row in out.getvalue().splitlines() if row.startswith("layers.{layers}.attn.q ")]
     assert len(rows) == 2
     assert any("x 3" in row and "bfloat16" in row for row in rows)
