@@ -92,6 +92,12 @@ class ModelSection(Section):
         Expected("a family's name, in quotes"),
         Field(description='A name that `shardconv families` lists; "auto" finds it by config.json.'),
     ] = "auto"
+    ignore: Annotated[
+        tuple[Text, ...],
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+        Expected('a list of names, such as ["vision.*"]'),
+        Field(description='Tensors to leave out: names, with "*" for any text and "{}" for any number.'),
+    ] = ()
 
 
 class TargetSection(Section):

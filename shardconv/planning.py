@@ -36,6 +36,7 @@ def plan_from_config(config: Config, *, compare_ends: bool = False) -> Plan:
         mesh=MeshRules(config.mesh.axes, config.mesh.rules),
         chunk_bytes=config.output.chunk_bytes,
         memory_budget=worker_budget(config),
+        ignore=config.model.ignore,
         ends_equal=_ends_equal(source, model) if compare_ends else None,
         store_copies=_store_copies(config.output),
     )

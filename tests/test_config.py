@@ -1,18 +1,22 @@
 """Configs: the five shipped ones load, overrides go where they say, and every mistake is told word for word."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from conversions import make_config, make_source
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from shardconv.config import Config, TargetDType, changes, load_config, section_toml
 from shardconv.dtypes import dtype_named
-from shardconv.errors import ConfigError, ExitCode
+from shardconv.errors import ConfigError, ExitCode, InputError
+from shardconv.formats.writing import NewTensor, write_checkpoint
+from shardconv.planning import plan_from_config
 from shardconv.toml import toml_value
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -77,7 +81,7 @@ def test_defaults(here: Path) -> None:
     config = load(LEAST)
     assert tomllib.loads(config.to_toml()) == {
         "source": {"path": "in"},
-        "model": {"family": "auto"},
+        "model": {"family": "auto", "ignore": []},
         "target": {
             "layout": "flat",
             "scan_layers": True,
@@ -443,3 +447,20 @@ def test_a_config_is_read_back_as_it_was_written(tmp_path_factory: pytest.TempPa
     config = load_config(str(path))
     path.write_text(config.to_toml())
     assert load_config(str(path)) == config
+
+
+def test_ignored_names_reach_the_plan(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    write_checkpoint(
+        source, [NewTensor("vision.w", "F32", (2,))], lambda tensor: [bytes(tensor.nbytes)], max_file_bytes=100, metadata={}
+    )
+    (source / "model.safetensors").rename(source / "extra.safetensors")
+    index = source / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"]["vision.w"] = "extra.safetensors"
+    listed["metadata"]["total_size"] += 8
+    index.write_text(json.dumps(listed))
+    with pytest.raises(InputError, match="vision.w"):
+        plan_from_config(make_config(tmp_path, source))
+    plan = plan_from_config(make_config(tmp_path, source, 'model.ignore=["vision.*"]'))
+    assert [note for note in plan.notes if "vision" in note] == ["vision.* (1 tensor) ignored"]
