@@ -60,6 +60,7 @@ def test_a_box_has_a_shape_and_a_size() -> None:
     assert [box_size(box), box_size(((1, 4), (0, 5))), box_size(())] == [0, 15, 1]
 
 
+@laws(0.1)
 @given(st.lists(st.integers(0, 5), max_size=4))
 def test_the_whole_box_is_the_array(shape: list[int]) -> None:
     array = np.empty(shape)
