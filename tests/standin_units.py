@@ -18,7 +18,7 @@ def _begin(state: str, unit: int) -> Heartbeat:
 
 
 def _end(state: str, unit: int, heartbeat: Heartbeat) -> Finished:
-    Ledger(state).record(unit, {"unit": unit, "pid": os.getpid()})
+    Ledger(state).record(unit, {"unit": unit, "pid": os.getpid(), "ended": time.time()})
     heartbeat.end()
     return Finished(unit, f"u{unit}x0", 10, 20, 1, 0.0, memory()[1], os.getpid(), socket.gethostname())
 
@@ -36,6 +36,7 @@ def plain(state: str, unit: int) -> Finished:
 
 
 def slow(state: str, unit: int) -> Finished:
+    """A tenth of a second."""
     heartbeat = _begin(state, unit)
     for _ in range(5):
         time.sleep(0.02)

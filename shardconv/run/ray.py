@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import secrets
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from shardconv.run.heartbeat import Pulse, bury
 OBJECT_STORE = 80 * 2**20  # bytes: Ray refuses less than 75 MiB; its default, 30% of the memory, would be taken from the workers
 TASK_BYTES = 16 * 2**10  # a task's arguments are two paths and names; anything larger means that data went astray
 WAKE = 1.0  # seconds between two looks at the clock while all workers are busy
+KNOCK = 10.0  # seconds for a host to accept a connection
 PROBE = 60.0  # seconds for a node to answer a probe: a worker's start takes 2, a cold network disk 20
 # Nothing goes to Ray's makers; no warning about a change to come in how Ray hides accelerators. Workers never import jax, and a library
 # that does must not take the accelerators.
@@ -89,15 +91,23 @@ def _join(address: str, verbose: bool) -> None:
         raise RunError("cannot join the Ray cluster", [Problem(f"{address} is a Ray client address", remedy)])
     variables = {**QUIET, "PYTHONPATH": python_path()}
     try:
+        _knock(address)
         ray.init(
             address=address,
             runtime_env={"env_vars": variables},
             log_to_driver=verbose,
             logging_level=logging.WARNING if verbose else logging.ERROR,
         )
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+    except (OSError, RayError, RuntimeError, ValueError) as error:
         remedy = "`ray status` on this host tells whether the cluster answers; RAY_AUTH_MODE must be the same on all nodes and here"
         raise RunError("cannot join the Ray cluster", [Problem(f"{address}: {error}", remedy)]) from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray would try for minutes, deaf to Ctrl-C."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK).close()
 
 
 @contextmanager

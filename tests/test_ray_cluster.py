@@ -1,0 +1,108 @@
+"""The Ray executor on a cluster that it joins: two nodes on this machine."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from shardconv.errors import RunError
+from shardconv.ledger import Ledger
+from shardconv.run import Finished, Patience, Ready, Retried
+
+ray = pytest.importorskip("ray")
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from shardconv.run import ray as executor  # noqa: E402
+
+STORE = 80 * 2**20
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE})
+    cluster.add_node(num_cpus=1, object_store_memory=STORE)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> str:
+    ledger = Ledger(str(tmp_path / "out.shardconv"))
+    ledger.create()
+    return ledger.state
+
+
+def start(cluster: Cluster, state: str, work: str, *, count: int | None = None, source: str = "/"):  # type: ignore[no-untyped-def]
+    return executor.execute(
+        state,
+        range(12),
+        work=f"standin_units:{work}",
+        count=count,
+        address=cluster.address,
+        source=source,
+        patience=Patience(60, 600),
+        name=lambda unit: f"unit {unit}",
+        verbose=False,
+    )
+
+
+def test_units_are_done_by_the_nodes_of_a_cluster_that_is_left_running(cluster: Cluster, state: str) -> None:
+    events = list(start(cluster, state, "slow"))
+    assert events[0] == Ready(2, f"Ray on {cluster.address}")
+    finished = [event for event in events if isinstance(event, Finished)]
+    assert sorted(event.unit for event in finished) == list(range(12))
+    assert len({event.pid for event in finished}) == 2
+    assert not ray.is_initialized()
+    assert not os.path.exists(os.path.join(state, "probe"))
+    ray.init(address=cluster.address, logging_level="ERROR")
+    assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+    ray.shutdown()
+
+
+def test_a_count_under_the_clusters_limits_the_tasks_at_a_time(cluster: Cluster, state: str) -> None:
+    assert next(iter(list(start(cluster, state, "slow", count=1)))) == Ready(1, f"Ray on {cluster.address}")
+    ended = sorted(float(str(record["ended"])) for record in Ledger(state).finished().values())
+    assert len(ended) == 12
+    assert min(after - before for before, after in pairwise(ended)) >= 0.1  # what one such unit takes
+
+
+def test_a_node_that_cannot_see_the_source_is_named_before_any_work(cluster: Cluster, state: str) -> None:
+    with pytest.raises(RunError) as caught:
+        list(start(cluster, state, "plain", source="/no/such/source"))
+    node = ray._private.services.get_node_ip_address()
+    line = f"  node {node} does not see the source /no/such/source\n      mount it on all nodes under the same path"
+    assert str(caught.value) == f"the cluster cannot do this conversion (2 problems):\n{line}\n{line}"
+    assert Ledger(state).finished() == {}
+    assert not ray.is_initialized()
+
+
+def test_a_lost_node_costs_its_own_units_only(cluster: Cluster, state: str) -> None:
+    node = cluster.add_node(num_cpus=1, object_store_memory=STORE)
+    cluster.wait_for_nodes()
+    events = []
+    for event in start(cluster, state, "slow"):
+        events.append(event)
+        if isinstance(event, Ready):
+            assert event.slots == 3
+        if len(events) == 4:
+            raylet = node.all_processes["raylet"][0].process.pid
+            os.kill(raylet, signal.SIGKILL)
+    finished = sorted(event.unit for event in events if isinstance(event, Finished))
+    assert finished == list(range(12))
+    assert all("died: " in event.error for event in events if isinstance(event, Retried))
+
+
+def test_an_address_where_nobody_answers_is_a_report() -> None:
+    begun = time.monotonic()
+    with pytest.raises(RunError) as caught:
+        executor._join("127.0.0.1:9", verbose=False)
+    assert str(caught.value) == (
+        "cannot join the Ray cluster (1 problem):\n"
+        "  127.0.0.1:9: [Errno 111] Connection refused\n"
+        "      `ray status` on this host tells whether the cluster answers; RAY_AUTH_MODE must be the same on all nodes and here"
+    )
+    assert time.monotonic() - begun < 10
