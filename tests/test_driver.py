@@ -137,6 +137,16 @@ def test_a_plan_becomes_a_checkpoint_and_a_report(conversion: Conversion, source
     assert outcome.sealed is not None and outcome.sealed.orbax
 
 
+def test_the_commits_process_is_warm_before_the_last_unit(conversion: Conversion) -> None:
+    def look(told: Told) -> None:
+        if isinstance(told, Finished):
+            assert Path(conversion.ledger.workers, "commit.log").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(RunError, match="interrupted: 1 of"):
+        conversion.drive(look)
+
+
 def test_an_interrupted_run_says_so_and_the_next_goes_on(conversion: Conversion, source: Path) -> None:
     total = len(conversion.plan.units)
     with pytest.raises(RunError) as caught:

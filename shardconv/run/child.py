@@ -29,12 +29,15 @@ class ChildDied(Exception):
 
 
 class Child:
-    """One process that calls `function` ("module:name"); `log` receives what it prints, None leaves it on our own stderr."""
+    """One process that calls `function` ("module:name").
 
-    def __init__(self, function: str, log: str | None, env: Mapping[str, str]) -> None:
+    `log` receives what it prints, None leaves it on our own stderr; `nice` is added to its niceness.
+    """
+
+    def __init__(self, function: str, log: str | None, env: Mapping[str, str], nice: int) -> None:
         ours, theirs = socket.socketpair()
         self._log = log
-        command = [sys.executable, "-m", "shardconv.run.child", str(theirs.fileno()), function]
+        command = [sys.executable, "-m", "shardconv.run.child", str(theirs.fileno()), str(nice), function]
         with theirs, open(log or os.devnull, "ab") as output:
             self.process = subprocess.Popen(
                 command,
@@ -91,8 +94,9 @@ def _exit_with_driver() -> None:
     os._exit(1)  # the driver is gone: nobody waits for the unit, and its attempt is swept away by the next run
 
 
-def serve(descriptor: int, function: str) -> None:
+def serve(descriptor: int, nice: int, function: str) -> None:
     """The child's life: import, then answer calls until the driver closes the socket."""
+    os.nice(nice)
     threading.Thread(target=_exit_with_driver, daemon=True).start()
     connection = Connection(descriptor)
     call = named(function)
@@ -105,4 +109,4 @@ def serve(descriptor: int, function: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), sys.argv[2])
+    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

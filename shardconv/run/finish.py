@@ -1,7 +1,7 @@
 """The end of a run, in a process of its own: say what is in the checkpoint, check it, commit it.
 
-The driver never loads jax, and Orbax does; so a child is started while the last units are on their way, which hides the imports (2 to 3
-seconds of CPU), and is told to commit when they are done. It reads the ledger itself: the winning attempt of every unit, and the digests of
+The driver never loads jax, and Orbax does; so a child is started some time before the last units are done, which hides the imports (a
+second of CPU), and is told to commit when they are. It reads the ledger itself: the winning attempt of every unit, and the digests of
 their chunks. A commit that is killed at any moment is simply run again.
 """
 

@@ -71,7 +71,7 @@ class _Pool:
     def _child(self) -> Child:
         self._born += 1
         log = None if self._verbose else os.path.join(self._workers, f"{os.getpid()}-{self._born}.log")
-        return Child("shardconv.run:attempt", log, ENVIRONMENT)
+        return Child("shardconv.run:attempt", log, ENVIRONMENT, nice=0)
 
     def _hand_out(self) -> None:
         while self._queue and self._idle:
