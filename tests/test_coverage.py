@@ -154,7 +154,8 @@ def test_unmapped_tensors_are_counted_by_template() -> None:
         "the mixtral family does not describe this checkpoint (4 problems):\n"
         "  model.layers.{layers}.self_attn.q_proj.bias (4 tensors) is in the checkpoint, not in the family\n"
         '      if the model does not need them, add "model.layers.{}.self_attn.q_proj.bias" to model.ignore\n'
-        "  model.layers.{layers}.block_sparse_moe.experts.{experts}.w1.weight_scale_inv (12 tensors) is in the checkpoint, not in the family\n"
+        "  model.layers.{layers}.block_sparse_moe.experts.{experts}.w1.weight_scale_inv (12 tensors) is in the checkpoint, "
+        "not in the family\n"
         '      if the model does not need them, add "model.layers.{}.block_sparse_moe.experts.{}.w1.weight_scale_inv" to model.ignore\n'
         "  vision.blocks.{}.weight (1 tensor) is in the checkpoint, not in the family\n"
         '      if the model does not need it, add "vision.blocks.{}.weight" to model.ignore\n'

@@ -37,6 +37,8 @@ FLOORS: Mapping[str, int] = {
     "shardconv.sharding": 3,
     "shardconv.chunks": 3,
     "shardconv.coverage": 3,
+    "shardconv.leaf": 3,
+    "shardconv.units": 3,
     "shardconv.plan": 3,
     "shardconv.sinks": 4,
     "shardconv.ledger": 4,
