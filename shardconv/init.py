@@ -91,7 +91,7 @@ def parameters(model: Model) -> int:
 
     It is config.json's word, so it is for comments and mesh sizes: the plan counts what the files have.
     """
-    tied = model.config.get("tie_word_embeddings") is True
+    tied = model.says_tied
     counted = (param for param in model.params if not (tied and param.name == "unembed"))
     return sum(math.prod(param.address(model.axes).sizes.values()) for param in counted)
 

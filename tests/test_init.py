@@ -124,6 +124,14 @@ def test_parameters(change: dict[str, object], count: int) -> None:
     assert parameters(bind(find(config), config)) == count
 
 
+def test_a_family_that_ties_by_default_counts_its_embedding_once() -> None:
+    gemma = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 128}
+    del gemma["tie_word_embeddings"]
+    untied = gemma | {"tie_word_embeddings": False}
+    counted, all_counted = (parameters(bind(find(config), config)) for config in (gemma, untied))
+    assert all_counted - counted == 128256 * 8192
+
+
 @pytest.mark.parametrize("name", list(families()))
 def test_every_family_has_a_flat_config(here: Path, name: str) -> None:
     sizes = MOE | {"num_local_experts": 8, "query_pre_attn_scalar": 256, "architectures": list(families()[name].architectures)}
