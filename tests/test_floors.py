@@ -69,9 +69,9 @@ PURE = {"numpy", "ml_dtypes"}
 PURE_BUT = {"shardconv.plan": {"pydantic"}}  # a plan goes to the workers as JSON
 # Beyond that: which modules may import these, by prefix. What is not listed may be imported from any floor above PURE_FLOOR.
 ONLY_IN: Mapping[str, tuple[str, ...]] = {
-    "tensorstore": ("shardconv.sinks",),
+    "tensorstore": ("shardconv.sinks", "shardconv.verify"),
     "jax": ("shardconv.sinks.orbax_commit", "shardconv.verify", "shardconv.models"),
-    "orbax": ("shardconv.sinks.orbax_commit",),
+    "orbax": ("shardconv.sinks.orbax_commit", "shardconv.verify"),
     "ray": ("shardconv.run.ray",),
     "torch": ("shardconv.verify",),
     "transformers": ("shardconv.verify",),
