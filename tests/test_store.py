@@ -3,6 +3,7 @@ written.
 """
 
 import itertools
+import json
 import math
 import os
 import signal
@@ -24,7 +25,7 @@ from shardconv.sinks.chunk_writer import UnitWriter, discard, sweep
 from shardconv.sinks.counts import WriteCounts
 from shardconv.sinks.direct import BUFFER_BYTES, PAGE, LogFile, aligned_empty
 from shardconv.sinks.grid import check_grid
-from shardconv.sinks.spec import ArraySpec, StoreOptions, array_spec, stored_keys
+from shardconv.sinks.spec import ArraySpec, StoreOptions, array_spec, metadata_key, stored_keys, zarr_metadata
 
 PLAIN = StoreOptions()
 EVERY_STORE = [StoreOptions(z, o, c) for z, o, c in itertools.product((3, 2), (True, False), ("none", "zstd"))]
@@ -141,16 +142,35 @@ def test_a_shard_has_the_bytes_that_tensorstore_writes(tmp_path: Path, grid: Any
 
 
 def test_the_metadata_is_what_tensorstore_writes(tmp_path: Path) -> None:
-    import json
-
-    from shardconv.sinks.spec import metadata_key, zarr_metadata
-
     for n, (dtype, options) in enumerate(itertools.product(DTYPES, EVERY_STORE)):
         if not options.ocdbt:
             spec = ArraySpec(("w",), (6, 4), dtype, (4, 4), (2, 4))
             ts.open(array_spec(f"{tmp_path}/{n}", "u", spec, options), create=True).result()
             theirs = json.loads(Path(tmp_path, str(n), metadata_key(spec, options)).read_text())
             assert zarr_metadata(spec, options) == theirs, (dtype, options)
+
+
+def test_short_values_lie_in_the_tree(tmp_path: Path) -> None:
+    """One read of a node finds the metadata of all arrays in it."""
+    spec = ArraySpec(("w",), (2, 512), "int8", (1, 512), (1, 512))
+    write(tmp_path, "u0", spec, some_array(spec))
+    large = ArraySpec(("v",), (1024,), "int8", (1024,), (1024,))
+    write(tmp_path, "u1", large, some_array(large))
+    kinds = {}
+    for attempt in ("u0", "u1"):
+        files = ts.KvStore.open(f"file://{tmp_path}/ocdbt.process_{attempt}/").result()
+        root = ts.ocdbt.dump(files).result()["versions"][0]["root"]["location"]
+        kinds |= {
+            e["key"]: "inline" if "inline_value" in e else "file"
+            for e in ts.ocdbt.dump(files, root).result()["entries"]
+        }
+    assert kinds == {
+        b"w/c/0/0": "inline",
+        b"w/c/1/0": "inline",
+        b"w/zarr.json": "inline",
+        b"v/c/0": "file",
+        b"v/zarr.json": "inline",
+    }
 
 
 @pytest.mark.parametrize("options", [PLAIN, StoreOptions(compression="zstd")], ids=str)
@@ -238,19 +258,21 @@ def test_a_database_of_many_keys_and_far_offsets(tmp_path: Path) -> None:
 def test_a_log_file_holds_what_was_appended(tmp_path: Path, direct: bool) -> None:
     random = np.random.default_rng(0)
     file = LogFile(str(tmp_path / "log"), direct)
-    assert file.direct <= direct
+    began_direct = file.direct
+    assert began_direct <= direct
     expected = bytearray()
     for size in (3, PAGE, BUFFER_BYTES + 7, 0, 1, BUFFER_BYTES - 11, 2 * BUFFER_BYTES, 5000):
         for aligned in (True, False):
             data = aligned_empty((size + 1,), np.uint8)[: size + 1] if aligned else np.empty(size + 1, np.uint8)
             data = data[0 if aligned else 1 :][:size]
             data[...] = random.integers(0, 256, size, dtype=np.uint8)
-            if aligned:
+            if aligned and size % 2:
                 file.align()
                 expected += bytes(-len(expected) % PAGE)
             assert file.append(data) == len(expected)
             expected += data.tobytes()
     file.close()
+    assert file.direct == began_direct  # nothing was asked of the device that it refuses
     assert file.size == len(expected)
     assert (tmp_path / "log").read_bytes() == expected
 
@@ -337,6 +359,7 @@ def test_without_ocdbt_attempts_may_overlap(tmp_path: Path) -> None:
         thread.join()
     (tmp_path / "w" / "c" / "0" / "0.__lock").touch()  # what a killed writer leaves
     assert sweep(str(tmp_path), []) == ()
+    assert not list(tmp_path.rglob("*.__lock"))
     assert check_grid(str(tmp_path), [spec], [], options) == []
     assert bits(plain_read(tmp_path, "", "w", options).read().result()) == bits(array)
 
@@ -419,6 +442,13 @@ def test_what_a_caller_can_do_wrong(tmp_path: Path) -> None:
         ArraySpec(("w",), (6, 4), "float32", (4,), (4,))
     with pytest.raises(ValueError, match="no such store"):
         StoreOptions(compression="lz4")  # type: ignore[arg-type]
+
+
+def test_a_box_behind_the_last_chunk_is_no_chunk() -> None:
+    spec = ArraySpec(("w",), (6, 4), "float32", (4, 4), (2, 4))
+    assert spec.index(((4, 6), (0, 4))) == (1, 0)
+    with pytest.raises(ValueError, match="is not one whole chunk"):
+        spec.index(((8, 6), (0, 4)))
 
 
 def layers(count: int) -> list[ArraySpec]:
@@ -524,6 +554,55 @@ def test_two_arrays_of_one_name_are_told(tmp_path: Path) -> None:
             "a.b.c: 2 arrays have this name", "rename one in the layout; Orbax joins the keys of a pytree with dots"
         )
     ]
+
+
+def is_written_out(path: Path) -> bool:
+    """Whether the kernel forgets the file's pages when told to: it keeps what it has not written yet."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.preadv(file, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+@pytest.fixture
+def telling(tmp_path: Path) -> Path:
+    """A directory on a file system that tells what it has written out."""
+    (tmp_path / "control").write_bytes(bytes(5000))
+    try:
+        tells = hasattr(os, "RWF_NOWAIT") and not is_written_out(tmp_path / "control")
+    except OSError:
+        tells = False
+    if not tells:
+        pytest.skip("this file system does not tell what it has written")
+    return tmp_path
+
+
+@pytest.mark.parametrize("options", EVERY_STORE, ids=str)
+def test_what_is_finished_is_on_the_disk(telling: Path, options: StoreOptions) -> None:
+    spec = ArraySpec(("w",), (3, 5000), "float32", (1, 5000), (1, 2500))
+    write(telling / "stage", "u0", spec, some_array(spec), options)
+    files = [path for path in (telling / "stage").rglob("*") if path.is_file()]
+    assert [path for path in files if not is_written_out(path)] == []
+
+
+def test_a_buffered_log_file_is_on_the_disk_when_closed(telling: Path) -> None:
+    file = LogFile(str(telling / "log"), direct=False)
+    file.append(np.ones(5000, np.uint8))
+    file.close()
+    assert is_written_out(telling / "log")
+
+
+def test_the_level_of_compression_is_passed_on(tmp_path: Path) -> None:
+    for options in (StoreOptions(compression="zstd", level=7), StoreOptions(2, True, "zstd", 7)):
+        spec = ArraySpec(("w",), (4,), "int8", (4,), (4,))
+        write(tmp_path, f"u{options.zarr}", spec, np.zeros(4, np.int8), options)
+        stored = plain_read(tmp_path, f"u{options.zarr}", "w", options).spec().to_json()["metadata"]
+        assert '"level": 7' in json.dumps(stored)
 
 
 def test_zeros_are_stored(tmp_path: Path) -> None:
