@@ -110,7 +110,7 @@ def speed(root: Path, rounds: int, peer: bool) -> None:
             row = measure(command, checkpoint, out)
             if name.startswith("shardconv"):
                 facts = report(out)
-                stages = facts["stage_seconds"]
+                stages = facts["stages"]
                 assert isinstance(stages, dict)
                 row |= {f"stage {key}": float(value) for key, value in stages.items()}
                 row |= {"cpu": float(str(facts["cpu_seconds"])), "rss": float(str(facts["peak_rss_bytes"]))}
@@ -137,7 +137,8 @@ def memory(root: Path) -> None:
         settings = {"workers.executor": "ray", "workers.memory_budget": "512MiB"}
         measure(convert(root, checkpoint, out, **settings), checkpoint, out)
         facts = report(out)
-        print(f"| {size} | {int(str(facts['memory_budget_bytes'])) / 1e6:.0f} | {int(str(facts['peak_rss_bytes'])) / 1e6:.0f} |", flush=True)
+        budget, peak = int(str(facts["memory_budget_bytes"])), int(str(facts["peak_rss_bytes"]))
+        print(f"| {size} | {budget / 1e6:.0f} | {peak / 1e6:.0f} |", flush=True)
 
 
 def amplification(root: Path) -> None:

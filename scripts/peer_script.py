@@ -22,7 +22,7 @@ def main(source: str, out: str) -> None:
     state = {}
     for path in sorted(glob.glob(os.path.join(source, "*.safetensors"))):
         with safe_open(path, framework="flax") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+            for key in tensors.keys():
                 state[key] = tensors.get_tensor(key)
 
     def stack(name: str, transform):

@@ -49,7 +49,8 @@ def _read(path: str) -> dict[str, object]:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
     except (OSError, ValueError) as error:
-        raise InputError("cannot read the model's config", [Problem(f"{path}: {error}", "give a config.json, or a directory with one")]) from None
+        remedy = "give a config.json, or a directory with one"
+        raise InputError("cannot read the model's config", [Problem(f"{path}: {error}", remedy)]) from None
     if not isinstance(config, dict):
         raise InputError("cannot read the model's config", [Problem(f"{path} is not a JSON object")])
     return config
@@ -61,7 +62,8 @@ def _float_named(name: str) -> DType:
     except KeyError:
         dtype = None
     if dtype is None or not is_float(dtype) or dtype.bits < 8:
-        raise ConfigError("cannot write the checkpoint", [Problem(f'--dtype "{name}"', 'expected a float, such as "bfloat16" or "float32"')])
+        expected = 'expected a float, such as "bfloat16" or "float32"'
+        raise ConfigError("cannot write the checkpoint", [Problem(f'--dtype "{name}"', expected)])
     return dtype
 
 
@@ -89,4 +91,4 @@ def random_blocks(tensor: NewTensor, seed: int) -> Iterator[memoryview]:
         values = random.standard_normal(min(BLOCK, size - start), dtype=np.float32) * SPREAD
         if len(tensor.shape) == 1:
             values += np.float32(1)
-        yield memoryview(raw_view(values.astype(dtype)).view(np.uint8))
+        yield raw_view(values.astype(dtype)).data.cast("B")

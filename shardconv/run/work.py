@@ -88,7 +88,7 @@ def do_unit(
                 box = chunk_box(leaf.shape, leaf.chunk, number)
                 out = workspace.array(next(turns), box_shape(box), dtype_named(leaf.dtype).numpy)
                 make_box(leaf, box, plan.source.tensors, reader, workspace, out)
-                digests.append((span.leaf, number, xxhash.xxh3_64_hexdigest(raw_view(out))))
+                digests.append((span.leaf, number, xxhash.xxh3_64_hexdigest(raw_view(out).data)))
                 writer.write(spec, box, out)
                 tick(out.nbytes)
         written = writer.finish()
