@@ -135,6 +135,21 @@ def test_closing_stops_the_tasks(started: None, state: str) -> None:
     assert len(Ledger(state).finished()) == finished < 40
 
 
+def test_signals_wait_until_ray_has_started() -> None:
+    before, passed = signal.getsignal(signal.SIGTERM), []
+
+    def start_interrupted() -> None:
+        with executor._signals_deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray puts a handler of its own
+            passed.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start_interrupted()
+    assert passed
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_client_address_is_refused(state: str) -> None:
     with pytest.raises(RunError) as caught:
         executor._join("ray://head:10001", verbose=False)

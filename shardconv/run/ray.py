@@ -16,11 +16,14 @@ import logging
 import os
 import pickle
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -61,13 +64,17 @@ def execute(
     """
     started = not ray.is_initialized()
     try:
-        if started and address is None:
-            _start(count or 1, verbose)
-        elif started:
-            _join(str(address), verbose)
+        if started:
+            with _signals_deferred():
+                _start(count or 1, verbose) if address is None else _join(address, verbose)
         if address is not None:
             _probe(Ledger(state), source)
-        yield from _Tasks(state, units, work, count, patience, Failures(name)).run("this machine" if address is None else address)
+        tasks = _Tasks(state, units, work, count, patience, Failures(name))
+        try:
+            yield from tasks.run("this machine" if address is None else address)
+        finally:
+            if not started:  # our own Ray, or our own job on a cluster, ends with all its tasks
+                tasks.cancel()
     finally:
         if started:
             ray.shutdown()
@@ -125,6 +132,24 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM wait: an exception inside `ray.init` leaves threads that crash the process at its end. Ray's own handler goes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    before = {number: signal.signal(number, lambda n, frame: caught.append((n, frame))) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for late, frame in caught:
+        if callable(handler := before[signal.Signals(late)]):
+            handler(late, frame)
+
+
 class _Tasks:
     def __init__(
         self, state: str, units: Sequence[int], work: str, count: int | None, patience: Patience, failures: Failures
@@ -138,17 +163,18 @@ class _Tasks:
         self._task = ray.remote(num_cpus=1, max_retries=0)(attempt)
 
     def run(self, where: str) -> Iterator[Event]:
-        try:
-            yield Ready(min(self._slots(), len(self._queue)), f"Ray on {where}")
-            while self._queue or self._flying:
-                self._hand_out()
-                done, _ = ray.wait(list(self._flying), num_returns=1, timeout=WAKE)
-                for ref in done:
-                    yield self._collect(ref)
-                yield from self._look_for_the_silent()
-        finally:
-            for ref in self._flying:
-                ray.cancel(ref, force=True)
+        yield Ready(min(self._slots(), len(self._queue)), f"Ray on {where}")
+        while self._queue or self._flying:
+            self._hand_out()
+            done, _ = ray.wait(list(self._flying), num_returns=1, timeout=WAKE)
+            for ref in done:
+                yield self._collect(ref)
+            yield from self._look_for_the_silent()
+
+    def cancel(self) -> None:
+        """Take back what is in flight."""
+        for ref in self._flying:
+            ray.cancel(ref, force=True)
 
     def _slots(self) -> int:
         cpus = int(ray.cluster_resources().get("CPU", 0))
