@@ -165,8 +165,7 @@ class _Run:
         self._finisher: Child | None = None
         self._sealed: Sealed | None = None
         self._ready = Ready(0, "nobody")
-        self._began_units = time.perf_counter()
-        self._written = 0
+        self._begun = time.perf_counter()
         self._retried = 0
 
     def go(self) -> Outcome:
@@ -185,16 +184,16 @@ class _Run:
         return self._outcome(prepared)
 
     def _make(self, prepared: Prepared) -> None:
-        pending = [unit.number for unit in self._plan.units if unit.number not in prepared.records]
+        pending = {unit.number: unit.bytes_written for unit in self._plan.units if unit.number not in prepared.records}
+        total = left = sum(pending.values())
         self._stages.enter("start")
-        self._start_finisher_in_time(pending)
+        self._start_finisher_in_time(0, left)
         with closing(self._events(tuple(pending))) as events:
             for event in events if pending else ():
                 self._hear(event)
                 if isinstance(event, Finished):
-                    pending.remove(event.unit)
-                    self._written += event.bytes_written
-                self._start_finisher_in_time(pending)
+                    left -= pending.pop(event.unit)
+                self._start_finisher_in_time(total - left, left)
                 if not pending:
                     break
             self._stages.enter("commit")
@@ -230,7 +229,7 @@ class _Run:
     def _hear(self, event: Event) -> None:
         if isinstance(event, Ready):
             self._ready = event
-            self._began_units = time.perf_counter()
+            self._begun = time.perf_counter()
             self._stages.enter("units")
         elif isinstance(event, Retried):
             self._retried += 1
@@ -244,10 +243,8 @@ class _Run:
         more = f", and {len(spans) - 1} more leaves" if len(spans) > 1 else ""
         return f"unit {unit} ({self._plan.leaves[first.leaf].name} {chunks}{more})"
 
-    def _start_finisher_in_time(self, pending: Sequence[int]) -> None:
-        left = sum(self._plan.units[unit].bytes_written for unit in pending)
-        seconds = time.perf_counter() - self._began_units
-        speed = self._written / seconds if self._written else SPEED
+    def _start_finisher_in_time(self, done: int, left: int) -> None:
+        speed = done / (time.perf_counter() - self._begun) if done else SPEED
         if left <= AHEAD * speed:
             self._start_finisher()
 

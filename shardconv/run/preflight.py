@@ -74,7 +74,7 @@ def prepare(request: Request, plan: Plan, ledger: Ledger) -> Prepared:
         found, finished = differences(previous, present), ledger.finished()
         if found:
             raise refusal(request.output, found, len(finished), len(plan.units))
-        return _go_on(request, plan, ledger, finished)
+        return _go_on(request, plan, ledger, finished, present)
     refuse_existing(request)
     place = Place(request.output, request.step, request.item, aside=is_occupied(checkpoint_path(request.output, request.step)))
     if os.path.lexists(place.committed + STAGE_SUFFIX):
@@ -82,7 +82,7 @@ def prepare(request: Request, plan: Plan, ledger: Ledger) -> Prepared:
         raise ConfigError("the output is being written by something else", [Problem(fact, "--restart removes it and starts afresh")])
     _require_room(request, plan, {})
     ledger.discard()
-    return _begin(request, plan, ledger, place, {})
+    return _begin(request, plan, ledger, place, {}, present)
 
 
 def header_of(request: Request, plan: Plan) -> Header:
@@ -131,7 +131,7 @@ def replaced_path(ledger: Ledger) -> str:
     return os.path.join(ledger.state, "replaced")
 
 
-def _go_on(request: Request, plan: Plan, ledger: Ledger, records: Records) -> Prepared:
+def _go_on(request: Request, plan: Plan, ledger: Ledger, records: Records, header: Header) -> Prepared:
     place = Place(request.output, request.step, request.item, load_job(ledger).place.aside)
     if len(records) == len(plan.units) and not os.path.exists(place.stage) and is_ours(place, plan):
         return Prepared(place, records, committed=True)
@@ -150,15 +150,15 @@ def _go_on(request: Request, plan: Plan, ledger: Ledger, records: Records) -> Pr
     if os.path.exists(place.stage):
         sweep(place.stage, [str(record["attempt"]) for record in records.values()])
     _require_room(request, plan, records)
-    return _begin(request, plan, ledger, place, records)
+    return _begin(request, plan, ledger, place, records, header)
 
 
-def _begin(request: Request, plan: Plan, ledger: Ledger, place: Place, records: Records) -> Prepared:
+def _begin(request: Request, plan: Plan, ledger: Ledger, place: Place, records: Records, header: Header) -> Prepared:
     job = Job(place, request.store, request.provenance)
     ledger.create()
     ledger.clear_workers()
     # Also when going on: the source may have moved.
-    ledger.begin(header_of(request, plan), job.to_data(), plan.to_json())
+    ledger.begin(header, job.to_data(), plan.to_json())
     create_stage(place.out, place.step, place.item)
     return Prepared(place, records, committed=False)
 
