@@ -83,7 +83,7 @@ class Model:
 
     family: Family
     config: HFConfig
-    axes: Axes
+    axes: Mapping[str, int]
     facts: Mapping[str, float]
     params: tuple[Param, ...]
 
@@ -141,7 +141,7 @@ class LayoutOptions:
 
     def padding(self, model: Model) -> int:
         """Rows of zeros that follow the vocabulary; raises InputError where rows would be cut off instead."""
-        stored = int(str(model.axes["vocab"]))
+        stored = model.axes["vocab"]
         if self.vocab_size and self.vocab_size < stored:
             fact = f"target.vocab_size is {self.vocab_size}, but the checkpoint has {stored} rows"
             raise InputError("the vocabulary would be cut off", [Problem(fact, f"set target.vocab_size to {stored} or more")])

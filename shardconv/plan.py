@@ -125,6 +125,8 @@ def make_plan(source: Source, model: Model, layout: Layout, options: PlanOptions
     leaves = builder.merged(
         leaf for slot in layout.slots if slot.param in params for leaf in builder.leaves(slot, params[slot.param])
     )
+    homeless = sorted(params.keys() - {slot.param for slot in layout.slots})
+    builder.problems.extend(Problem(f"{param} has no place in it", 'use target.layout = "flat"') for param in homeless)
     if builder.problems:
         raise InputError(f"the {layout.name} layout cannot hold this checkpoint", builder.problems)
     limit = _limit(leaves, options)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shardconv.axes import address
@@ -12,6 +12,9 @@ from shardconv.boxes import chunk_box, grid_shape, slices
 from shardconv.chunks import choose_chunk, cut_order
 from shardconv.route import pieces
 from shardconv.runs import byte_runs
+
+# Under a loaded machine an example takes any time.
+laws = settings(deadline=None)
 
 sides = st.one_of(st.integers(1, 40), st.sampled_from([64, 97, 128, 360, 512, 1009, 4096]))
 
@@ -26,6 +29,7 @@ def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int,
     return shape, shards, tuple(draw(st.permutations(range(len(shape))))), itemsize, limit
 
 
+@laws
 @given(cases())
 def test_a_chunk_keeps_to_the_limit_and_inner_chunks_tile_it(case: tuple) -> None:
     shape, shards, order, itemsize, limit = case
@@ -34,17 +38,20 @@ def test_a_chunk_keeps_to_the_limit_and_inner_chunks_tile_it(case: tuple) -> Non
     assert all(1 <= c <= n and c % i == 0 for c, i, n in zip(chunk, inner, shape, strict=True))
 
 
+@laws
 @given(cases())
 def test_chunks_cover_the_array_once(case: tuple) -> None:
     shape, shards, order, itemsize, limit = case
     chunk, _ = choose_chunk(shape, itemsize=itemsize, limit=limit, shards=shards, order=order)
-    assume(math.prod(shape) <= 100_000)
+    count = math.prod(grid_shape(shape, chunk))
+    assume(math.prod(shape) <= 100_000 and count <= 300)
     found = np.zeros(shape, int)
-    for number in range(math.prod(grid_shape(shape, chunk))):
+    for number in range(count):
         found[slices(chunk_box(shape, chunk, number))] += 1
     assert (found == 1).all()
 
 
+@laws
 @given(cases())
 def test_an_inner_chunk_lies_in_one_shard_or_the_shard_has_no_divisor_near(case: tuple) -> None:
     shape, shards, order, itemsize, limit = case
@@ -57,6 +64,7 @@ def test_an_inner_chunk_lies_in_one_shard_or_the_shard_has_no_divisor_near(case:
             assert 4 * max(fitting) < side
 
 
+@laws
 @given(cases())
 def test_a_larger_limit_never_makes_a_smaller_chunk_of_a_regular_shape(case: tuple) -> None:
     shape, _, order, itemsize, limit = case

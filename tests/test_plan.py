@@ -236,10 +236,12 @@ def test_more_copies_in_the_store_make_smaller_chunks() -> None:
     ],
 )  # fmt: skip
 def test_a_budget_that_fits_no_chunk_is_told(budget: int, copies: int, message: str) -> None:
+    shapes = stored_shapes(rows("flat", MEDIUM, "half"), MEDIUM, False)
+    source = header_only(shapes, MEDIUM)
     with pytest.raises(ConfigError) as caught:
-        plan_of(published("llama3_8b"), options(memory_budget=budget, store_copies=copies))
+        plan_of(source, options(memory_budget=budget, store_copies=copies))
     assert str(caught.value) == f"the memory budget is too small (1 problem):\n  {message}"
-    assert plan_of(published("llama3_8b"), options(memory_budget=(CHUNKS + copies + 1) * LEAST, store_copies=copies))
+    assert plan_of(source, options(memory_budget=(CHUNKS + copies + 1) * LEAST, store_copies=copies))
 
 
 def test_a_small_model_needs_no_more_than_it_has() -> None:
@@ -408,8 +410,17 @@ def test_parts_of_a_fused_leaf_lie_side_by_side(tmp_path: Path) -> None:
 
 
 def test_half_of_a_fused_leaf_and_the_rest_zeros() -> None:
-    plan = make_plan(header_only(SHAPES, CONFIG), two_in_one(), fused(GATE), options())
+    shapes = {key: shape for key, shape in SHAPES.items() if "gate" in key}
+    plan = make_plan(header_only(shapes, CONFIG), two_in_one(ROWS[:1]), fused(GATE), options())
     assert plan.leaves[0].zeros == 2 * 6 * 4
+
+
+def test_no_parameter_is_left_out_by_a_layout() -> None:
+    with pytest.raises(InputError) as caught:
+        make_plan(header_only(SHAPES, CONFIG), two_in_one(), fused(GATE), options())
+    assert str(caught.value) == (
+        'the fused layout cannot hold this checkpoint (1 problem):\n  layers.up has no place in it\n      use target.layout = "flat"'
+    )
 
 
 def test_parts_of_different_dtypes_make_no_leaf() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from hf_models import CONFIGS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardconv.axes import address
@@ -31,6 +31,7 @@ def flax_spec(names: list[str], rules: list[tuple[str, tuple[str, ...]]]) -> tup
 mesh_axes = st.lists(st.sampled_from(list(MESH)), min_size=1, max_size=3, unique=True).map(tuple)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(list(AXES)), min_size=1, max_size=5, unique=True),
     st.lists(st.tuples(st.sampled_from(list(AXES)), mesh_axes), max_size=6, unique_by=lambda rule: rule[0]),

@@ -127,7 +127,7 @@ def _unscanned(slot: Slot) -> Slot:
 
 
 def _pairs_of_layers(model: Model) -> Axes:
-    layers = int(str(model.axes["layers"]))
+    layers = model.axes["layers"]
     if layers % 2:
         raise InputError("MaxText stacks pairs of a local and a global layer", [Problem(f"num_hidden_layers is {layers}, an odd number", ELSEWHERE)])
     return {"layers": "blocks kind", "blocks": layers // 2, "kind": ("local", "global")}

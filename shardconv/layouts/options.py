@@ -40,7 +40,7 @@ def in_pairs(slot: Slot) -> Slot:
 
 def pairs(model: Model) -> int:
     """The number of pairs that RoPE rotates in a head; raises InputError where head_dim is odd."""
-    size = int(str(model.axes["head_dim"]))
+    size = model.axes["head_dim"]
     if size % 2:
         raise InputError("the rotary dims do not come in pairs", [Problem(f"head_dim is {size}", 'set target.rope = "half"')])
     return size // 2
