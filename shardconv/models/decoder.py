@@ -1,0 +1,95 @@
+"""The forward: embed, blocks, head, each jitted on its own.
+
+Blocks that compute the same are compiled once, whatever the number of layers, and only one block's arrays are needed at a time: what
+`fetch` brings may come from memory, from devices of a mesh or from disk. Arrays of any float dtype are computed with in float32; where
+they are sharded, XLA goes by that.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from shardconv.models.blocks import Arrays, attention, capped, contract, mlp, normed
+from shardconv.models.description import Decoder, Place, Reading
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A reading and how to fetch the array of a place."""
+
+    reading: Reading
+    fetch: Callable[[Place], jax.Array]
+
+    def arrays(self, places: Mapping[str, Place]) -> dict[str, jax.Array]:
+        """The arrays of some places, by role."""
+        return {role: self.fetch(place) for role, place in places.items()}
+
+
+def weights_of(reading: Reading, leaves: Mapping[str, jax.Array]) -> Weights:
+    """Weights whose leaves are at hand."""
+
+    def fetch(place: Place) -> jax.Array:
+        leaf = leaves[place.leaf]
+        return leaf if place.index is None else _layer(leaf, place.index, axis=place.axis)
+
+    return Weights(reading, fetch)
+
+
+@partial(jax.jit, static_argnames="axis")
+def _layer(leaf: jax.Array, index: int, *, axis: int) -> jax.Array:
+    array: jax.Array = jax.lax.dynamic_index_in_dim(leaf, index, axis, keepdims=False)
+    return array
+
+
+def logits(weights: Weights, tokens: jax.Array) -> jax.Array:
+    """Logits in float32, (batch, length, rows of the output projection), of token ids (batch, length)."""
+    for _, state in states(weights, tokens):  # noqa: B007  the last one is wanted
+        pass
+    return state
+
+
+def states(weights: Weights, tokens: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+    """What the model holds after each step, by name: "embed", "block 0", "block 1", ..., "logits"."""
+    reading = weights.reading
+    decoder = reading.decoder
+    ends = weights.arrays(reading.ends)
+    x = embedded(decoder, ends, tokens)
+    yield "embed", x
+    for layer, (window, places) in enumerate(zip(decoder.windows, reading.blocks, strict=True)):
+        x = block(decoder, window, weights.arrays(places), x)
+        yield f"block {layer}", x
+    yield "logits", head(decoder, ends, x)
+
+
+@partial(jax.jit, static_argnames="decoder")
+def embedded(decoder: Decoder, ends: Arrays, tokens: jax.Array) -> jax.Array:
+    """The embeddings of tokens, (batch, length, embed)."""
+    x = jnp.take(ends["embed"], tokens, axis=0).astype(jnp.float32) * decoder.embed_scale
+    return x + ends["positions"][None, : x.shape[1]].astype(jnp.float32) if "positions" in ends else x
+
+
+@partial(jax.jit, static_argnames=("decoder", "window"))
+def block(decoder: Decoder, window: int | None, arrays: Arrays, x: jax.Array) -> jax.Array:
+    """One block, (batch, length, embed) to the same."""
+    arrays = {role: array.astype(jnp.float32) for role, array in arrays.items()}
+    inner = normed(decoder.norm, x, arrays, "attn_norm")
+    y = attention(decoder, window, arrays, inner)
+    y = normed(decoder.norm, y, arrays, "attn_post_norm") if "attn_post_norm" in arrays else y
+    if decoder.parallel:
+        inner = normed(decoder.norm, x, arrays, "mlp_norm") if "mlp_norm" in arrays else inner
+        return x + y + mlp(decoder, arrays, inner)
+    x = x + y
+    y = mlp(decoder, arrays, normed(decoder.norm, x, arrays, "mlp_norm"))
+    return x + (normed(decoder.norm, y, arrays, "mlp_post_norm") if "mlp_post_norm" in arrays else y)
+
+
+@partial(jax.jit, static_argnames="decoder")
+def head(decoder: Decoder, ends: Arrays, x: jax.Array) -> jax.Array:
+    """The logits of what the last block gives."""
+    arrays = {role: array.astype(jnp.float32) for role, array in ends.items()}
+    x = normed(decoder.norm, x, arrays, "final_norm")
+    y = contract("ble,ev->blv", x, arrays["unembed"]) if "unembed" in arrays else contract("ble,ve->blv", x, arrays["embed"])
+    return capped(y * decoder.logit_scale, decoder.logit_cap)
