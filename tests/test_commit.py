@@ -31,6 +31,7 @@ V1_TRAINING_READS_STATE = ORBAX >= (0, 12)  # before, it looks for "pytree"
 # Older Orbax leaves its event loops open, which is told when they are collected.
 OPEN_LOOPS = "error" if ORBAX >= (0, 11, 36) else "ignore"
 pytestmark = pytest.mark.filterwarnings(f"{OPEN_LOOPS}::pytest.PytestUnraisableExceptionWarning")
+COMPLETE = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # the latter since Orbax 0.12.3
 
 READER = Path(__file__).with_name("read_checkpoints.py")
 METADATA = {
@@ -269,8 +270,25 @@ def test_losers_do_not_get_into_the_checkpoint(tmp_path: Path) -> None:
     assert not [name for name in os.listdir(out) if "u0x1" in name]
 
 
+@pytest.mark.parametrize("options", [PLAIN, StoreOptions(ocdbt=False)], ids=str)
+def test_what_a_killed_commit_left_is_not_in_the_checkpoint(tmp_path: Path, options: StoreOptions) -> None:
+    out, (spec,) = f"{tmp_path}/out", few()[-1:]
+    request = write(out, 0, "items", [spec], options)
+    stage = Path(stage_path(out, 0, "items"))
+    data = set(os.listdir(stage))
+    for folder in (stage, stage.parent):
+        (folder / "d").mkdir()
+        for name in ("_METADATA", "manifest.ocdbt", "_sharding", "d/0"):
+            (folder / name).write_text("left")
+    commit(request)
+    assert {"_CHECKPOINT_METADATA", "items"} <= set(os.listdir(f"{out}/0")) <= {*COMPLETE, "items"}
+    assert set(os.listdir(f"{out}/0/items")) - data <= {"_METADATA", "manifest.ocdbt", "d"}
+    assert not any(path.read_bytes() == b"left" for path in Path(out).rglob("*") if path.is_file())
+
+
 def test_a_commit_that_dies_is_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = write(f"{tmp_path}/out", None, None, few()[-1:])
+    (tmp_path / "commit.answer.json").write_text("{}")  # of a commit before this one
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONHOME", "/nowhere")  # Python cannot start
         with pytest.raises(RunError) as died:
@@ -279,6 +297,7 @@ def test_a_commit_that_dies_is_a_report(tmp_path: Path, monkeypatch: pytest.Monk
     assert lines[0] == "the commit failed (1 problem):"
     assert lines[1].endswith(f"-m shardconv.sinks.orbax_commit {tmp_path}/commit.json ended with code 1")
     assert lines[-1] == "      run the same command again; what is written is kept"
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")  # the workers' accelerators are not touched
     assert run_commit(request, str(tmp_path)).path == f"{tmp_path}/out"
 
 
