@@ -15,6 +15,7 @@ from shardconv.errors import Problem
 
 # What converting needs, with the oldest release that will do; a test compares it with pyproject.toml.
 REQUIRED = {
+    "einops": "0.8",
     "jax": "0.6.2",
     "ml_dtypes": "0.5",
     "numpy": "2.1",

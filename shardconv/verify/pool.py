@@ -1,0 +1,65 @@
+"""Workers of the check: child processes that answer one question after another; with one worker there is none, and we answer ourselves.
+
+A question is a function's name and its argument, both picklable; an answer is a value or an error of ours. The answers come in any order.
+"""
+
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
+from typing import Any, cast
+
+from shardconv.errors import Problem, RunError, ShardconvError
+from shardconv.run import named
+from shardconv.run.child import Child, ChildDied
+
+ANSWER = "shardconv.verify.pool:answer"
+# No library of a worker may take the accelerators, or more than its own core.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+AGAIN = "`shardconv verify` checks again; --set workers.memory_budget=SIZE gives it less memory"
+
+
+def answer(function: str, number: int, argument: object) -> tuple[int, object]:
+    """What a function ("module:name") makes of its argument; what goes wrong comes back as a value."""
+    try:
+        return number, named(function)(argument)
+    except ShardconvError as error:
+        return number, error
+    except Exception as error:  # noqa: BLE001  the border of the process: the one who asked reports it
+        fact = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        return number, RunError("the check failed", [Problem(fact, AGAIN)])
+
+
+def answers(function: str, arguments: Sequence[object], workers: int) -> Iterator[tuple[int, Any]]:
+    """Each argument's number and what the function makes of it, as they come; raises the first error, RunError for a dead worker."""
+    if workers == 1 or len(arguments) < 2:
+        found: Iterator[tuple[int, object]] = (answer(function, number, argument) for number, argument in enumerate(arguments))
+    else:
+        found = _from_children(function, arguments, min(workers, len(arguments)))
+    for number, value in found:
+        if isinstance(value, ShardconvError):
+            raise value
+        yield number, value
+
+
+def _from_children(function: str, arguments: Sequence[object], workers: int) -> Iterator[tuple[int, object]]:
+    children = [Child(ANSWER, os.devnull, ENVIRONMENT, nice=0) for _ in range(workers)]
+    try:
+        queue = list(reversed(list(enumerate(arguments))))
+        busy = {}
+        for child in children:
+            child.send(function, *queue.pop())
+            busy[child.connection] = child
+        while busy:
+            for ready in wait(list(busy)):
+                child = busy.pop(ready)  # type: ignore[call-overload]
+                try:
+                    yield cast(tuple[int, object], child.receive())
+                except ChildDied as death:
+                    raise RunError("the check failed", [Problem(str(death), AGAIN)]) from None
+                if queue:
+                    child.send(function, *queue.pop())
+                    busy[child.connection] = child
+    finally:
+        for child in children:
+            child.stop()

@@ -1,0 +1,72 @@
+"""The checkpoint as a reader finds it: `_METADATA` and TensorStore, which is what Orbax reads with, and nothing of what wrote it.
+
+Opened at the final directory, so that what Orbax merged is what is read. A read is of one box, decoded, checksums of the index included;
+nothing is cached, since nothing is read twice.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorstore as ts
+
+from shardconv.errors import CheckError, Problem
+
+Array = npt.NDArray[Any]
+Box = tuple[tuple[int, int], ...]
+NOTHING_IS_CACHED = {"cache_pool": {"total_bytes_limit": 0}}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLeaf:
+    """An array of the checkpoint: `chunk` is the shape that one write filled."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+
+
+class Stored:
+    """The pytree in a directory, open for reading; raises CheckError where it is none, or where an array cannot be read."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = os.path.abspath(folder)
+        try:
+            with open(os.path.join(self.folder, "_METADATA"), encoding="utf-8") as file:
+                self._metadata = json.load(file)
+            self.names = [".".join(str(step["key"]) for step in leaf["key_metadata"]) for leaf in self._metadata["tree_metadata"].values()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckError(f"{self.folder} cannot be read as a checkpoint", [Problem(f"{type(error).__name__}: {error}")]) from None
+        self.custom: dict[str, Any] = self._metadata.get("custom_metadata") or {}
+        self._context = ts.Context(NOTHING_IS_CACHED)
+        self._open: dict[str, ts.TensorStore] = {}
+
+    def leaf(self, name: str) -> StoredLeaf:
+        """What an array is."""
+        array = self._array(name)
+        chunk = array.chunk_layout.write_chunk.shape or ()
+        return StoredLeaf(tuple(array.shape), array.dtype.name, tuple(size or 1 for size in chunk))
+
+    def read(self, name: str, box: Box) -> Array:
+        """A box of an array, in C order; raises ValueError for a chunk that is missing or broken."""
+        return np.asarray(self._array(name)[tuple(slice(*side) for side in box)].read().result(), order="C")
+
+    def _array(self, name: str) -> ts.TensorStore:
+        if name not in self._open:
+            self._open.clear()  # leaves are looked at one after another; a worker need not keep thousands
+            files = {"driver": "file", "path": f"{self.folder}/"}
+            base = {"driver": "ocdbt", "base": files} if self._metadata.get("use_ocdbt", True) else files
+            spec = {
+                "driver": "zarr3" if self._metadata.get("use_zarr3", False) else "zarr",
+                "kvstore": base | {"path": f"{base.get('path', '')}{name}/"},
+                "fill_missing_data_reads": False,  # a missing chunk is a fault, not zeros
+            }
+            try:
+                self._open[name] = ts.open(spec, open=True, read=True, context=self._context).result()
+            except ValueError as error:
+                fact = f"{name}: {str(error).splitlines()[0]}"
+                raise CheckError("the checkpoint cannot be read back", [Problem(fact)]) from None
+        return self._open[name]
