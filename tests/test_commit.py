@@ -75,9 +75,12 @@ DTYPES = [
     "uint16",
     "int32",
     "uint32",
+    "int64",
+    "uint64",
     "float16",
     "bfloat16",
     "float32",
+    "float64",
     "complex64",
     "float8_e5m2",
     "float8_e4m3fn",
@@ -135,7 +138,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
         partitions = {n: partition for n, (_, partition) in SPECS.items()}
         expected.append({"name": name, "step": step, "item": item, "arrays": arrays(specs, partitions)})
     (root / "expected.json").write_text(json.dumps(expected))
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    # Without this, jax makes 32 bits of 64 when it puts an array on a device.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_ENABLE_X64": "1"}
     command = [sys.executable, str(READER), str(root)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -20,9 +20,8 @@ calls find it at either:
     ocp.CheckpointManager(out).metadata(step).custom_metadata                   v0, with a step and an item
     ocp.experimental.v1.metadata(checkpoint).custom_metadata                    v1, always: OUT or OUT/<step>
 
-Which readers find what: `v1.load` takes the checkpoint's directory, `StandardCheckpointer` and `PyTreeCheckpointer` the
-pytree's (`final`). Managers want a step and an item: v0 `CheckpointManager(out)` reads any item, most simply "default";
-v1 `training.Checkpointer(out)` reads "state"; MaxText wants "items" and a custom metadatum `scan_layers`.
+`v1.load` takes the checkpoint's directory, `StandardCheckpointer` and `PyTreeCheckpointer` the pytree's (`final`).
+Managers want a step and an item: v0's reads any, most simply "default", v1's "state"; MaxText wants "items".
 
 `python -m shardconv.sinks.orbax_commit REQUEST.json` carries out a `commit.CommitRequest`; see there.
 """
