@@ -5,7 +5,7 @@ import signal
 import socket
 import time
 
-from shardconv.errors import InputError, Problem
+from shardconv.errors import InputError, Problem, RunError
 from shardconv.ledger import Ledger
 from shardconv.run import Finished
 from shardconv.run.heartbeat import Heartbeat, memory
@@ -65,6 +65,12 @@ def third_fails_once(state: str, unit: int) -> Finished:
     return plain(state, unit)
 
 
+def third_cannot_write_once(state: str, unit: int) -> Finished:
+    if unit == 3 and _tries(state, unit) == 1:
+        raise RunError("cannot write the checkpoint", [Problem("a.bin: Input/output error", "mend this")])
+    return plain(state, unit)
+
+
 def third_always_fails(state: str, unit: int) -> Finished:
     if unit == 3:
         _tries(state, unit)
@@ -91,6 +97,10 @@ def third_hangs_once(state: str, unit: int) -> Finished:
     if unit == 3 and _tries(state, unit) == 1:
         time.sleep(600)
     return _end(state, unit, heartbeat)
+
+
+def only_the_first_ends(state: str, unit: int) -> Finished:
+    return plain(state, unit) if unit == 0 else forever(state, unit)
 
 
 def forever(state: str, unit: int) -> Finished:

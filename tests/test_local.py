@@ -75,6 +75,20 @@ def test_an_error_that_passes_is_tried_again(state: str, count: int) -> None:
     assert "third_fails_once" in retried.trace
 
 
+def test_a_report_that_may_pass_is_tried_again(state: str) -> None:
+    events = list(start(state, "third_cannot_write_once", count=1))
+    assert finished(events) == list(range(8))
+    (retried,) = [event for event in events if isinstance(event, Retried)]
+    assert retried.error.startswith("cannot write the checkpoint (1 problem):\n  a.bin: Input/output error")
+
+
+def test_ctrl_c_reaches_the_driver_only(state: str) -> None:
+    events = start(state, "slow")
+    worker = next(event for event in events if isinstance(event, Finished)).pid
+    assert os.getpgid(worker) != os.getpgid(0)
+    events.close()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_unit_that_fails_three_times_is_named_with_its_last_error(state: str, count: int) -> None:
     with pytest.raises(RunError) as caught:

@@ -143,6 +143,16 @@ def test_an_owner_that_was_frozen_finds_out(tmp_path: Path) -> None:
             other.check()
 
 
+def test_an_owner_that_was_robbed_leaves_the_others_lock(tmp_path: Path) -> None:
+    with Lock(str(tmp_path)) as frozen:
+        os.utime(tmp_path / "lock", (0, 0))
+        other = Lock(str(tmp_path)).__enter__()
+    other.check()
+    other.__exit__(None, None, None)
+    assert frozen.owner != other.owner
+    assert os.listdir(tmp_path) == []
+
+
 def test_beats_keep_a_lock_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shardconv.lock.BEAT", 0.05)
     with Lock(str(tmp_path)):

@@ -125,14 +125,15 @@ def test_a_task_that_hangs_is_named_then_taken_away(started: None, state: str) -
 
 
 def test_closing_stops_the_tasks(started: None, state: str) -> None:
-    events = start(state, "slow", units=40)
+    events = start(state, "only_the_first_ends", units=3)
     while not isinstance(next(events), Finished):
         pass
+    busy = _wait_for_workers(state, 2)
     events.close()
-    time.sleep(0.5)
-    finished = len(Ledger(state).finished())
-    time.sleep(0.5)
-    assert len(Ledger(state).finished()) == finished < 40
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in busy) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(_alive(pid) for pid in busy)
 
 
 def test_signals_wait_until_ray_has_started() -> None:
