@@ -1,12 +1,13 @@
 """From a config to a plan: open the source, find the family, bind it, lay it out, plan. Headers only."""
 
 import sys
+from difflib import get_close_matches
 
 from shardconv.budget import default_budget, this_machine
 from shardconv.config import Config, OutputSection
 from shardconv.coverage import TIED, is_tied
-from shardconv.errors import InputError, Problem
-from shardconv.families import find
+from shardconv.errors import ConfigError, InputError, Problem
+from shardconv.families import families, find
 from shardconv.family import LayoutOptions, Model, bind
 from shardconv.layouts import LAYOUTS
 from shardconv.plan import Plan, PlanOptions, make_plan
@@ -16,7 +17,7 @@ from shardconv.ties import same_bytes
 
 
 def plan_from_config(config: Config, *, compare_ends: bool = False) -> Plan:
-    """Plans a conversion; raises InputError with all that is wrong.
+    """Plans a conversion; raises InputError with all that is wrong, ConfigError where the config does not fit the model.
 
     `compare_ends` reads the embedding and the output projection where config.json calls them tied and both are there; without it
     nothing but headers is read, and they are taken as equal.
@@ -40,7 +41,25 @@ def plan_from_config(config: Config, *, compare_ends: bool = False) -> Plan:
         ends_equal=_ends_equal(source, model) if compare_ends else None,
         store_copies=_store_copies(config.output),
     )
-    return make_plan(source, model, LAYOUTS[target.layout](model, chosen), options)
+    layout = LAYOUTS[target.layout](model, chosen)
+    _require_axes(config, {*model.axes, *layout.axes})
+    return make_plan(source, model, layout, options)
+
+
+def _require_axes(config: Config, own: set[str]) -> None:
+    """Raises ConfigError where mesh rules name an axis that no model has; one that only other models have is no mistake."""
+    known = own.union(*(family.axes for family in families().values()))
+    unknown = [axis for axis in config.mesh.rules if axis not in known]
+    close = {axis: get_close_matches(axis, known, n=1) for axis in unknown}
+    if unknown:
+        problems = [
+            Problem(
+                f"mesh.rules.{axis} names no axis of a model",
+                (f'did you mean "{close[axis][0]}"? ' if close[axis] else "") + f"this one has {', '.join(sorted(own))}",
+            )
+            for axis in unknown
+        ]
+        raise ConfigError("the mesh rules do not fit the model", problems)
 
 
 def _store_copies(output: OutputSection) -> int:
