@@ -17,6 +17,6 @@ def test_a_mesh_rule_for_an_axis_that_no_model_has_is_refused(tmp_path: Path) ->
     assert str(refused.value) == (
         "the mesh rules do not fit the model (1 problem):\n"
         "  mesh.rules.embedd names no axis of a model\n"
-        '      did you mean "embed"? this one has embed, head_dim, heads, kv_heads, layers, mlp, vocab, vocab_pad'
+        '      did you mean "embed"? this one has embed, head_dim, heads, kv_heads, layers, mlp, vocab'
     )
     plan_from_config(make_config(tmp_path, source, "mesh.axes={fsdp = 2}", 'mesh.rules={experts = "fsdp"}'))
