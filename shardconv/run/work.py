@@ -1,14 +1,13 @@
 """One unit of work: read rows, put each element in its place, hash, write. A thin loop over the plan.
 
 The buffers belong to the worker's `Workspace` and are reused from chunk to chunk and from unit to unit, since fresh memory costs a page
-fault for every page: one for the rows of a piece, and two for chunks, so that one is filled while the other is being written. A piece
-that lies in its chunk as it lies in the file is read straight into place.
+fault for every page: one for the rows of a piece, two for chunks, so that one is filled while the other is being written, and one in which
+the writer gathers inner chunks. A piece that lies in its chunk as it lies in the file is read straight into place.
 """
 
 import itertools
 import math
 import os
-import resource
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from shardconv.dtypes import dtype_named, dtype_of_code, raw_view
 from shardconv.formats import StoredTensor
 from shardconv.formats.reading import Reader
 from shardconv.plan import READ_GAP, Leaf, Plan, Unit, leaf_pieces
+from shardconv.run.heartbeat import memory
 from shardconv.sinks.chunk_writer import UnitWriter
 from shardconv.sinks.direct import aligned_empty
 from shardconv.sinks.spec import ArraySpec, StoreOptions
@@ -66,6 +66,10 @@ class Workspace:
             self.buffers[name] = aligned_empty((nbytes,), "uint8")
         return self.buffers[name][:nbytes].view(dtype).reshape(shape)
 
+    def scratch(self, nbytes: int) -> Array:
+        """The buffer that a writer gathers inner chunks in."""
+        return self.array("gathered", (nbytes,), np.dtype(np.uint8))
+
 
 def do_unit(
     plan: Plan,
@@ -80,7 +84,8 @@ def do_unit(
     started, cpu = time.perf_counter(), time.process_time()
     digests = []
     turns = itertools.cycle(("chunk", "other chunk"))
-    with Reader(plan.source.root, coalesce_gap=READ_GAP) as reader, UnitWriter(stage, attempt, options) as writer:
+    reading = Reader(plan.source.root, coalesce_gap=READ_GAP)
+    with reading as reader, UnitWriter(stage, attempt, options, workspace.scratch) as writer:
         for span in unit.spans:
             leaf = plan.leaves[span.leaf]
             spec = array_spec(leaf)
@@ -104,7 +109,7 @@ def do_unit(
         files=written.files,
         seconds=time.perf_counter() - started,
         cpu_seconds=time.process_time() - cpu,
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=memory()[1],
         pid=os.getpid(),
         host=socket.gethostname(),
         digests=tuple(digests),
