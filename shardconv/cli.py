@@ -8,6 +8,7 @@ have a key in the config are overrides of that key, so there is one truth. Exit 
 import json
 import os
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import typer
@@ -31,6 +32,9 @@ app = typer.Typer(cls=Door, help=HELP, no_args_is_help=True, add_completion=Fals
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file; `shardconv init` writes one.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set target.dtype=bfloat16")]
+Sample = Annotated[
+    str | None, typer.Option(metavar="N", help='Look at N boxes of each array; "all": at every element, "auto": by size.')
+]
 Json = Annotated[bool, typer.Option("--json", help="The same as JSON, on stdout.")]
 
 
@@ -50,6 +54,12 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
 ) -> None:
     del version  # its callback has done everything
+
+
+def _said(flags: Mapping[str, str | None]) -> list[str]:
+    """Flags as overrides of the config: TOML strings, so that no address or size is taken for a number; a sample may be one."""
+    numbers = {key for key, value in flags.items() if key == "check.sample" and value is not None and value.isdigit()}
+    return [f"{key}={value if key in numbers else json.dumps(value)}" for key, value in flags.items() if value is not None]
 
 
 def _console() -> Console:
@@ -83,6 +93,8 @@ def run(
     overrides: Set = None,
     address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help='A Ray cluster; "local" starts one here.')] = None,
     executor: Annotated[Literal["ray", "local"] | None, typer.Option(help="Who does the work.")] = None,
+    check: Annotated[str | None, typer.Option(metavar="CHECK", help='Of what was written: "weights", the default, or "none".')] = None,
+    sample: Sample = None,
     memory_budget: Annotated[str | None, typer.Option(metavar="SIZE", help='Memory for each worker\'s buffers, such as "2GiB".')] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run has finished.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")] = False,
@@ -93,14 +105,40 @@ def run(
     """Convert. Run it again after an interruption: it goes on from what is finished."""
     if quiet and verbose:
         raise ConfigError("--quiet and --verbose exclude each other")
-    flags = {"workers.address": address, "workers.executor": executor, "workers.memory_budget": memory_budget}
-    # TOML strings, so that no address or size is taken for a number.
-    said = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    loaded = load_config(config, [*(overrides or ()), *said])
+    flags = {
+        "workers.address": address,
+        "workers.executor": executor,
+        "workers.memory_budget": memory_budget,
+        "check.mode": check,
+        "check.sample": sample,
+    }
+    loaded = load_config(config, [*(overrides or ()), *_said(flags)])
     from shardconv.conversion import run as convert
 
     options = RunOptions(restart=restart, overwrite=overwrite, verbosity=int(verbose) - int(quiet), json_logs=json_logs)
     convert(loaded, options)
+
+
+@app.command()
+def verify(
+    config: ConfigPath,
+    overrides: Set = None,
+    sample: Sample = None,
+    as_json: Json = False,
+) -> None:
+    """Read a finished checkpoint back and compare it with its source; exits with 4 where they differ."""
+    loaded = load_config(config, [*(overrides or ()), *_said({"check.sample": sample})])
+    from shardconv.checking import verify as compare
+    from shardconv.verify.verdict import raise_if_unequal, summary
+
+    found = compare(loaded)
+    if as_json:
+        _echo_json(found)
+    else:
+        typer.echo(summary(found))
+        for note in found["notes"]:
+            typer.echo(f"note: {note}")
+    raise_if_unequal(found)
 
 
 @app.command()

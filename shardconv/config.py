@@ -243,10 +243,20 @@ class CheckSection(Section):
     """What is compared after writing."""
 
     mode: Annotated[
-        Literal["none"],
-        Expected("a check", choices=("none",), later=("weights", "logits", "all")),
-        Field(description='Only "none" so far.'),
-    ] = "none"
+        Literal["none", "weights"],
+        Expected("a check", choices=("none", "weights"), later=("logits", "all")),
+        Field(description='"weights": everything is read back and compared with the source; "none": nothing is.'),
+    ] = "weights"
+    sample: Annotated[
+        Literal["auto", "all"] | Positive,
+        Expected('a number of boxes, "all" or "auto"'),
+        Field(description='Boxes to look at in each array; "all" looks at every element, "auto" does up to 16 GiB per worker.'),
+    ] = "auto"
+    seed: Annotated[
+        Natural,
+        Expected("a whole number, 0 or more"),
+        Field(description="Chooses the boxes."),
+    ] = 0
 
 
 class Config(Section):

@@ -10,21 +10,25 @@ import time
 
 from rich.console import Console
 
+from shardconv.checking import check_run, refuse_to_replace
 from shardconv.config import Config, RunOptions
 from shardconv.ledger import Ledger
+from shardconv.plan import Plan
 from shardconv.planning import plan_from_config, worker_budget
 from shardconv.progress import JsonLines, View, watching
 from shardconv.report import Json, figures, print_summary, versions
-from shardconv.run.driver import Outcome, Stages, drive
-from shardconv.run.job import state_path
+from shardconv.run.driver import Check, Outcome, Stages, drive
+from shardconv.run.job import Place, state_path
 from shardconv.run.preflight import Request
+from shardconv.sinks.paths import final_path
 from shardconv.sinks.spec import StoreOptions
+from shardconv.verify.verdict import raise_if_unequal
 
 
 def run(config: Config, options: RunOptions) -> Json:
     """Convert as the config says, show progress on stderr and a summary on stdout; the content of report.json.
 
-    Raises ShardconvError, of which RunError leaves a state that the same call goes on from.
+    Raises ShardconvError, of which RunError leaves a state that the same call goes on from, and CheckError what was written.
     """
     found: Json = {}
 
@@ -37,9 +41,26 @@ def run(config: Config, options: RunOptions) -> Json:
         stages.enter("plan")
         config = _with_budget(config, restart=options.restart)
         plan = plan_from_config(config, compare_ends=True)
-        drive(request_of(config, options), plan, stages, view.hear, save)
+        drive(request_of(config, options), plan, stages, view.hear, save, _check_of(config, plan))
     _show(found, options, view)
+    if isinstance(verdict := found["check"], dict):
+        raise_if_unequal(verdict)
     return found
+
+
+def _check_of(config: Config, plan: Plan) -> Check | None:
+    """What the driver is to do with a checkpoint before it puts it in the place of another, or calls it finished."""
+    if config.check.mode == "none":
+        return None
+
+    def check(place: Place) -> Json:
+        folder = final_path(place.out, place.step, place.item)
+        found = check_run(config, plan, folder)
+        if place.aside and place.committed != place.checkpoint and os.path.lexists(place.checkpoint):
+            refuse_to_replace(found, folder, place.checkpoint)
+        return found
+
+    return check
 
 
 def _show(found: Json, options: RunOptions, view: View) -> None:

@@ -38,6 +38,7 @@ STAGES = {
     "start": "starting workers",
     "units": "converting",
     "commit": "checking and committing",
+    "check": "comparing with the source",
     "close": "tidying up",
 }
 

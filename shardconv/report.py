@@ -15,12 +15,13 @@ report.json, whose keys are stable:
     memory_budget_bytes    what each worker's buffers may take; the interpreter and its libraries come on top (some 0.1 GB)
     used_bytes             bytes of the source's tensors that the target is made of
     units                  {total, resumed (finished by earlier runs), retried (attempts that failed in this run)}
-    stages                 wall seconds by stage: plan, prepare, start, units, commit, close
-    processes              [{role (driver, worker, commit), host, pid, cpu_seconds, peak_rss_bytes}]
+    stages                 wall seconds by stage: plan, prepare, start, units, commit, check, close
+    processes              [{role (driver, worker, commit, check), host, pid, cpu_seconds, peak_rss_bytes}]
     executor               where the units ran
     workers                how many units at a time
     checkpoint             path of the checkpoint
     versions               of shardconv, Python and the libraries
+    check                  the verdict on what was written (`verify.verdict.Verdict`), null if none was asked for
     notes                  what the plan had to say
 
 Figures of a conversion that was interrupted cover all of it where they speak of bytes, and its last run where they speak of time and
@@ -44,6 +45,7 @@ from shardconv.plan import Leaf, Plan, Unit
 from shardconv.progress import amount
 from shardconv.run.driver import Outcome
 from shardconv.sharding import Spec
+from shardconv.verify.verdict import summary as check_summary
 
 LIBRARIES = ("jax", "ml_dtypes", "numpy", "orbax-checkpoint", "ray", "tensorstore")
 
@@ -75,6 +77,7 @@ def figures(outcome: Outcome) -> Json:
         "workers": outcome.slots,
         "checkpoint": outcome.checkpoint,
         "versions": versions(),
+        "check": None if outcome.check is None else dict(outcome.check),
         "notes": list(plan.notes),
     }
 
@@ -97,6 +100,9 @@ def _processes(outcome: Outcome) -> Iterator[Json]:
         yield _process("worker", worker.host, worker.pid, cpu, worker.peak_rss)
     if outcome.sealed is not None:
         yield _process("commit", host, outcome.sealed.pid, outcome.sealed.cpu_seconds, outcome.sealed.peak_rss)
+    if outcome.check is not None:
+        pid, peak = (cast(int, outcome.check[key]) for key in ("pid", "peak_rss_bytes"))
+        yield _process("check", host, pid, cast(float, outcome.check["cpu_seconds"]), peak)
 
 
 def _process(role: str, host: str, pid: int, cpu: float, peak: int) -> Json:
@@ -145,6 +151,10 @@ def print_summary(found: Json, console: Console) -> None:
         ("memory", f"heaviest worker {amount(peak)}, of which buffers may take {amount(budget)}"),
     ):
         console.print(f"{label:<12}{text}")
+    if isinstance(check := found["check"], Mapping):
+        console.print(f"{'check':<12}{check_summary(check)}")
+        for note in check["notes"]:
+            console.print(f"{'note':<12}{note}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ plan

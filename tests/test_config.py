@@ -101,7 +101,7 @@ def test_defaults(here: Path) -> None:
             "chunk_bytes": "64MiB",
         },
         "workers": {"executor": "ray", "address": "local", "count": 0, "memory_budget": "auto"},
-        "check": {"mode": "none"},
+        "check": {"mode": "weights", "sample": "auto", "seed": 0},
     }
     assert (config.output.step, config.output.item, config.target.vocab_size, config.target.query_dtype) == (None, None, None, None)
     assert config.output.chunk_bytes == 64 * 2**20
@@ -298,16 +298,27 @@ def test_mesh_values_of_the_wrong_kind(here: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("mode", ["weights", "logits", "all"])
-def test_the_check_stage_is_not_there_yet(here: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["logits", "all"])
+def test_the_check_of_logits_is_not_there_yet(here: Path, mode: str) -> None:
     assert refused(LEAST, f"check.mode={mode}") == (
-        f'  --set check.mode={mode}: [check] mode = "{mode}" is not in this version yet\n      the choices are "none"'
+        f'  --set check.mode={mode}: [check] mode = "{mode}" is not in this version yet\n      the choices are "none", "weights"'
     )
+
+
+@pytest.mark.parametrize("sample", ['"auto"', '"all"', "1", "4096"])
+def test_a_sample_is_a_number_or_a_word(here: Path, sample: str) -> None:
+    assert load(LEAST, f"check.sample={sample}").check.sample in ("auto", "all", 1, 4096)
+
+
+@pytest.mark.parametrize("sample", ["0", '"some"', "1.5"])
+def test_no_sample(here: Path, sample: str) -> None:
+    assert f'[check] sample = {sample} (' in refused(LEAST, f"check.sample={sample}")
+    assert 'expected a number of boxes, "all" or "auto"' in refused(LEAST, f"check.sample={sample}")
 
 
 def test_a_check_that_will_never_be(here: Path) -> None:
     assert refused(LEAST + '[check]\nmode = "nome"') == (
-        '  c.toml: [check] mode = "nome" is not a check\n      did you mean "none"? the choices are "none"'
+        '  c.toml: [check] mode = "nome" is not a check\n      did you mean "none"? the choices are "none", "weights"'
     )
 
 
@@ -396,7 +407,7 @@ def test_the_digest_is_of_what_changes_the_checkpoint(here: Path) -> None:
 
 def test_every_key_is_in_the_facts_or_left_out_on_purpose(here: Path) -> None:
     keys = {f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields}
-    left_out = {"source.path", "output.path", "check.mode"} | {key for key in keys if key.startswith("workers.")}
+    left_out = {"source.path", "output.path"} | {key for key in keys if key.startswith(("workers.", "check."))}
     assert set(load(LEAST).facts()) == keys - left_out
 
 

@@ -38,7 +38,7 @@ def test_a_run_shows_a_summary_and_leaves_the_report(config: Config, capsys: pyt
     assert json.loads(Path(state_path(config.output.path), "report.json").read_text()) == found
     assert (found["read_amplification"], found["bytes_read"]) == (1.0, found["source_bytes"])
     assert 1.0 <= float(str(found["write_amplification"])) < 1.05  # a megabyte's metadata still shows
-    assert set(found["stages"]) == {"plan", "prepare", "start", "units", "commit", "close"}  # type: ignore[call-overload]
+    assert set(found["stages"]) == {"plan", "prepare", "start", "units", "commit", "check", "close"}  # type: ignore[call-overload]
 
 
 def test_quiet_is_quiet(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +52,7 @@ def test_json_logs_end_with_the_report(config: Config, capsys: pytest.CaptureFix
     said = capsys.readouterr()
     assert said.out == ""
     events = [json.loads(text) for text in said.err.splitlines()]
-    assert [e["name"] for e in events if e["event"] == "stage"] == ["plan", "prepare", "start", "units", "commit", "close"]
+    assert [e["name"] for e in events if e["event"] == "stage"] == ["plan", "prepare", "start", "units", "commit", "check", "close"]
     last = events[-1]
     assert last.pop("event") == "report" and last.pop("time")
     assert last == found

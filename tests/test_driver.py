@@ -58,7 +58,7 @@ class Conversion:
             on(told)
 
         options = RunOptions(restart=restart, overwrite=overwrite, verbosity=0, json_logs=False)
-        return drive(request_of(self.config, options), self.plan, Stages(tell), tell, lambda outcome: {"units": len(outcome.records)})
+        return drive(request_of(self.config, options), self.plan, Stages(tell), tell, lambda outcome: {"units": len(outcome.records)}, None)
 
     def stop_after(self, units: int) -> None:
         """Drive until some units are finished, then interrupt."""
@@ -420,7 +420,7 @@ plan = plan_finely(config)
 request = replace(request_of(config, RunOptions(False, False, 0, False)), executor={executor!r}, count={count})
 tell = lambda told: print(type(told).__name__, getattr(told, "unit", ""), getattr(told, "pid", ""), flush=True)
 try:
-    drive(request, plan, Stages(tell), tell, lambda outcome: {{}})
+    drive(request, plan, Stages(tell), tell, lambda outcome: {{}}, None)
 except ShardconvError as error:
     print(error)
     sys.exit(int(error.exit_code))

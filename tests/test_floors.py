@@ -50,6 +50,7 @@ FLOORS: Mapping[str, int] = {
     "shardconv.config_report": 7,
     "shardconv.config": 7,
     "shardconv.planning": 7,
+    "shardconv.checking": 7,
     "shardconv.conversion": 7,
     "shardconv.report": 7,
     "shardconv.progress": 7,

@@ -44,6 +44,7 @@ def outcome(plan: Plan, pid: int = 1) -> Outcome:
         retried=2,
         workers=(WorkerState("a", 11, 9, None, 0, 1.25, 100, 3_000_000), WorkerState("b", 11, 9, None, 0, 2.0, 0, 2_000_000)),
         sealed=Sealed("0.12.8", 0, 12, 0.5, 3.0, 400_000_000),
+        check=None,
         where="2 processes",
         slots=2,
         budget=64 << 20,

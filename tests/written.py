@@ -26,9 +26,10 @@ from shardconv.sinks.orbax_commit import commit
 from shardconv.sinks.paths import create_stage
 from shardconv.sinks.spec import StoreOptions
 from shardconv.source import open_source
+from shardconv.verify.request import Request
 from shardconv.verify.second import Choices
 from shardconv.verify.verdict import Verdict
-from shardconv.verify.weights import Request, check
+from shardconv.verify.weights import check
 
 CHOICES = Choices("flat", True, "source", "", "half", 0)
 CHUNK = 2048  # bytes: most leaves of a tiny model are in several chunks

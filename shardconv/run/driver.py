@@ -3,6 +3,7 @@
     prepare        what stands in the way is refused before the first byte (`preflight`)
     units          those that the ledger does not have, on any executor
     commit         in a child process, which alone loads jax; it is started shortly before the last units are done
+    check          by whoever is asked (`check`): what is written is compared with its source
     change places  with a checkpoint that is replaced, which stays until the new one is complete
     close          only the report is left
 
@@ -48,11 +49,16 @@ SPEED = 500e6  # bytes per second, until there is a measured one
 AGAIN = "run the same command again; finished units are kept"
 
 
+# Compares what is written in a place, not yet where it replaces anything, with its source; the verdict goes into the outcome.
+Check = Callable[[Place], Mapping[str, object]]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A finished conversion: what was done and what it took; seconds are wall time by stage, memory in bytes.
 
-    `records` are all units' (`run.work.Done`), those of earlier runs included; `workers` and `sealed` are of this run alone.
+    `records` are all units' (`run.work.Done`), those of earlier runs included; `workers` and `sealed` are of this run alone. `check` is the
+    verdict on what was written, None where nobody asked.
     """
 
     plan: Plan
@@ -62,6 +68,7 @@ class Outcome:
     retried: int
     workers: tuple[WorkerState, ...]
     sealed: Sealed | None
+    check: Mapping[str, object] | None
     where: str
     slots: int
     budget: int
@@ -100,8 +107,9 @@ def drive(
     stages: Stages,
     tell: Callable[[Told], None],
     figures: Callable[[Outcome], Mapping[str, object]],
+    check: Check | None,
 ) -> Outcome:
-    """Convert; `tell` hears what happens, and what `figures` makes of the outcome becomes report.json.
+    """Convert; `tell` hears what happens, `check` gives its verdict, and what `figures` makes of the outcome becomes report.json.
 
     Raises ShardconvError of any kind; RunError, or any error after the first unit, leaves a state that the same request goes on from.
     """
@@ -113,7 +121,7 @@ def drive(
         if lock.taken_from is not None:
             tell(Note(f"took over from pid {lock.taken_from.pid} on {lock.taken_from.host}, which is gone"))
         try:
-            outcome = _Run(request, plan, ledger, lock, stages, tell).go()
+            outcome = _Run(request, plan, ledger, lock, stages, tell, check).go()
         except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray puts its own SIGTERM handler in place of ours
             finished = len(ledger.finished())
             title = f"interrupted: {finished} of {len(plan.units)} units are finished; run the same command again to go on"
@@ -158,10 +166,18 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 class _Run:
     def __init__(
-        self, request: Request, plan: Plan, ledger: Ledger, lock: Lock, stages: Stages, tell: Callable[[Told], None]
+        self,
+        request: Request,
+        plan: Plan,
+        ledger: Ledger,
+        lock: Lock,
+        stages: Stages,
+        tell: Callable[[Told], None],
+        check: Check | None,
     ) -> None:
         self._request, self._plan, self._ledger, self._lock = request, plan, ledger, lock
-        self._stages, self._tell = stages, tell
+        self._stages, self._tell, self._check = stages, tell, check
+        self._verdict: Mapping[str, object] | None = None
         self._finisher: Child | None = None
         self._sealed: Sealed | None = None
         self._ready = Ready(0, "nobody")
@@ -178,6 +194,9 @@ class _Run:
             finally:
                 if self._finisher is not None:
                     self._finisher.stop()
+        if self._check is not None:
+            self._stages.enter("check")
+            self._verdict = self._check(prepared.place)
         self._stages.enter("close")
         change_places(prepared.place, self._ledger)
         self._stages.leave()
@@ -274,6 +293,7 @@ class _Run:
             retried=self._retried,
             workers=read_workers(self._ledger.workers),
             sealed=self._sealed,
+            check=self._verdict,
             where=self._ready.where,
             slots=self._ready.slots,
             budget=self._request.budget,

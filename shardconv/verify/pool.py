@@ -42,6 +42,14 @@ def answers(function: str, arguments: Sequence[object], workers: int) -> Iterato
         yield number, value
 
 
+def answer_of_child(function: str, argument: object) -> Any:
+    """What a function makes of its argument in a process of its own, which ends with it."""
+    ((_, value),) = _from_children(function, [argument], 1)
+    if isinstance(value, ShardconvError):
+        raise value
+    return value
+
+
 def _from_children(function: str, arguments: Sequence[object], workers: int) -> Iterator[tuple[int, object]]:
     children = [Child(ANSWER, os.devnull, ENVIRONMENT, nice=0) for _ in range(workers)]
     try:

@@ -1,5 +1,6 @@
 """What the check found: a verdict that programs and people can read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class Verdict:
     nan: int
     inf: int
     workers: int
+    pid: int
     seconds: float
     cpu_seconds: float
     peak_rss: int
@@ -54,13 +56,14 @@ class Verdict:
             "nan": self.nan,
             "inf": self.inf,
             "workers": self.workers,
+            "pid": self.pid,
             "seconds": round(self.seconds, 3),
             "cpu_seconds": round(self.cpu_seconds, 3),
             "peak_rss_bytes": self.peak_rss,
         }
 
 
-def summary(found: dict[str, Any]) -> str:
+def summary(found: Mapping[str, Any]) -> str:
     """One line for people, of a verdict as data."""
     if found["whole"]:
         seen = f"all {found['elements']:,} elements of {found['leaves']} leaves"
@@ -72,7 +75,7 @@ def summary(found: dict[str, Any]) -> str:
     return f"{result}: {seen}{rounds}, {found['seconds']:.1f} s{base}"
 
 
-def raise_if_unequal(found: dict[str, Any]) -> None:
+def raise_if_unequal(found: Mapping[str, Any]) -> None:
     """Raise CheckError with the problems of a verdict as data, if it has any."""
     if found["problems"]:
         raise CheckError(TITLE, [Problem(problem["fact"], problem["remedy"]) for problem in found["problems"]])

@@ -20,14 +20,13 @@ import xxhash
 
 from shardconv.boxes import chunk_box, grid_shape
 from shardconv.errors import Problem
-from shardconv.plan import Plan
 from shardconv.verify import addresses, second
 from shardconv.verify.causes import Doubt
 from shardconv.verify.compare import Odd
 from shardconv.verify.look import Place, Sight, Task, opened
 from shardconv.verify.pool import answers
+from shardconv.verify.request import Request
 from shardconv.verify.sampling import boxes
-from shardconv.verify.second import Choices
 from shardconv.verify.statement import Reference
 from shardconv.verify.stored import Stored, StoredLeaf
 from shardconv.verify.tensors import Tensors, numpy_dtype
@@ -45,22 +44,6 @@ COMMON = ("the factor", "the summand", "RoPE order", "rounded through", "cut off
 LOST = "the file is damaged or incomplete: convert again with --overwrite"
 # Causes that are looked for: of more leaves than these no user reads.
 DOUBTS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to check: the pytree in `folder` against the source of the plan, as the config chose it.
-
-    `memory` is bytes for each of `workers`; `sample` is boxes per leaf, 0 for every element, None for as the size says.
-    """
-
-    folder: str
-    plan: Plan
-    choices: Choices
-    workers: int
-    memory: int
-    sample: int | None
-    seed: int
 
 
 def check(request: Request) -> Verdict:
@@ -109,6 +92,7 @@ class _Check:
             nan=odd.nan,
             inf=odd.inf,
             workers=request.workers,
+            pid=os.getpid(),
             seconds=time.perf_counter() - started,
             cpu_seconds=_cpu_seconds() - cpu,
             peak_rss=max(resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),

@@ -1,0 +1,157 @@
+"""The check where users meet it: the command, and the last stage of a run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conversions import make_config, make_source
+from typer.testing import CliRunner
+from written import change
+
+from shardconv.cli import app
+from shardconv.config import Config, RunOptions
+from shardconv.conversion import request_of, run
+from shardconv.errors import CheckError, ExitCode, RunError
+from shardconv.planning import plan_from_config
+from shardconv.run import Stage, Told
+from shardconv.run.driver import Stages, drive
+from shardconv.run.job import state_path
+from shardconv.verify.verdict import TITLE
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_source(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, source: Path) -> Config:
+    return make_config(tmp_path, source)
+
+
+def options(*, overwrite: bool = False) -> RunOptions:
+    return RunOptions(restart=False, overwrite=overwrite, verbosity=-1, json_logs=False)
+
+
+def type_in(*words: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, words)
+    return done.exit_code, done.stdout, done.stderr
+
+
+def file_of(config: Config) -> str:
+    return str(Path(config.output.path).parent / "config.toml")
+
+
+def wrong_norm(array: np.ndarray) -> None:
+    array[3] = 77
+
+
+def convert_until_the_check(config: Config, *, overwrite: bool = False) -> None:
+    """A run that is broken off when everything is written and committed."""
+
+    def break_off(told: Told) -> None:
+        if told == Stage("check"):
+            raise KeyboardInterrupt
+
+    stages = Stages(break_off)
+    with pytest.raises(RunError, match="interrupted"):
+        drive(request_of(config, options(overwrite=overwrite)), plan_from_config(config), stages, break_off, lambda _: {}, lambda _: {})
+
+
+def test_a_run_checks_what_it_wrote(config: Config) -> None:
+    found = run(config, options())
+    check = found["check"]
+    assert isinstance(check, dict)
+    assert (check["mode"], check["equal"], check["problems"], check["whole"], check["independent"]) == ("weights", True, [], True, True)
+    assert check["elements"] * 2 == check["bytes"] == found["target_bytes"]
+    assert check["checksums"] == check["leaves"] == 39
+    (process,) = [p for p in found["processes"] if p["role"] == "check"]  # type: ignore[attr-defined]
+    assert process["pid"] == check["pid"] and process["cpu_seconds"] > 0
+    assert json.loads(Path(state_path(config.output.path), "report.json").read_text())["check"] == check
+
+
+def test_a_run_need_not_check(config: Config) -> None:
+    code, out, err = type_in("run", file_of(config), "--check", "none")
+    assert (code, "check  " in out, "check " in out) == (0, False, False), err
+    found = json.loads(Path(state_path(config.output.path), "report.json").read_text())
+    assert found["check"] is None
+    assert "check" not in found["stages"]
+
+
+def test_the_summary_has_a_line_for_the_check(config: Config) -> None:
+    code, out, err = type_in("run", file_of(config))
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("check  ")]
+    assert line.startswith("check       weights equal: all ") and " elements of 39 leaves, " in line
+
+
+def test_the_logits_are_not_compared_yet(config: Config) -> None:
+    code, _, err = type_in("run", file_of(config), "--check", "logits")
+    assert (code, err) == (
+        ExitCode.USAGE,
+        "error: the config is not valid (1 problem):\n"
+        '  --set check.mode="logits": [check] mode = "logits" is not in this version yet\n'
+        '      the choices are "none", "weights"\n',
+    )
+
+
+def test_the_command(config: Config) -> None:
+    run(config, options())
+    path = file_of(config)
+    code, out, err = type_in("verify", path)
+    assert (code, err) == (0, "")
+    assert out.startswith("weights equal: all ")
+    code, out, _ = type_in("verify", path, "--sample", "3", "--set", "check.seed=5", "--json")
+    found = json.loads(out)
+    assert (code, found["whole"], found["seed"], found["equal"]) == (0, False, 5, True)
+    assert " boxes (seed 0), " in type_in("verify", path, "--sample", "3")[1]
+    change(Path(config.output.path), "final_norm", wrong_norm)
+    code, out, err = type_in("verify", path)
+    assert code == ExitCode.CHECK
+    assert out.startswith("weights differ in 1 places: ")
+    assert err.startswith(f"error: {TITLE} (1 problem):\n  final_norm[3] is 77 (0x429a), and should be ")
+    code, out, _ = type_in("verify", path, "--json")
+    assert (code, json.loads(out)["equal"]) == (ExitCode.CHECK, False)
+
+
+def test_a_checkpoint_that_is_not_there(config: Config) -> None:
+    code, out, err = type_in("verify", file_of(config))
+    assert (code, out) == (ExitCode.CHECK, "")
+    assert err.startswith(f"error: {config.output.path} cannot be read as a checkpoint (1 problem):\n  FileNotFoundError: ")
+
+
+def test_a_run_whose_check_fails_says_so_and_leaves_a_report(config: Config) -> None:
+    convert_until_the_check(config)
+    change(Path(config.output.path), "final_norm", wrong_norm)
+    with pytest.raises(CheckError) as caught:
+        run(config, options())
+    assert str(caught.value).startswith(f"{TITLE} (1 problem):\n  final_norm[3] is 77 (0x429a), and should be ")
+    report = json.loads(Path(state_path(config.output.path), "report.json").read_text())
+    assert report["check"]["equal"] is False
+    assert report["check"]["problems"][0]["fact"].startswith("final_norm[3] is 77")
+
+
+def test_what_is_wrong_takes_no_checkpoints_place(config: Config) -> None:
+    run(config, options())
+    folder = Path(config.output.path)
+    before = (folder / "manifest.ocdbt").read_bytes()
+    convert_until_the_check(config, overwrite=True)
+    made = Path(state_path(config.output.path), "complete")
+    change(made, "final_norm", wrong_norm)
+    for _ in range(2):  # it stays so
+        with pytest.raises(CheckError) as caught:
+            run(config, options(overwrite=True))
+        assert str(caught.value).endswith(
+            f"\n  {folder} is left as it was; what was written is in {made}\n      --restart --overwrite converts again"
+        )
+        assert (folder / "manifest.ocdbt").read_bytes() == before
+    run(config, RunOptions(restart=True, overwrite=True, verbosity=-1, json_logs=False))
+    assert not made.exists()
+
+
+def test_a_check_that_is_broken_off_is_done_by_the_next_run(config: Config) -> None:
+    convert_until_the_check(config)
+    found = run(config, options())
+    assert found["units"] == {"total": 1, "resumed": 1, "retried": 0}
+    assert found["check"]["equal"] is True  # type: ignore[index]
