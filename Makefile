@@ -1,7 +1,9 @@
 # make demo   convert a checkpoint of about 1 GB, made on the spot
 # make test   lint, types and tests
 # make lint   lint and types only
-# make bench  measure the figures of docs/benchmarks.md again; needs 60 GB of disk and half an hour
+# make bench  measure the figures of docs/benchmarks.md again; needs 30 GB of disk and a quarter of an hour
+# make mutate seed faults into the algebra and see its tests kill them; four minutes
+# make orbax  the store's tests under every Orbax that is said to work; ten minutes
 # make clean  remove what these leave behind
 #
 # Each sets up what it needs under .venv, once, and again when pyproject.toml changes.
@@ -16,7 +18,7 @@ PYTEST_ARGS ?=
 PLAIN := .venv/plain-$(notdir $(PYTHON))
 FULL := .venv/$(EXTRAS)-$(notdir $(PYTHON))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench mutate orbax clean
 
 demo: $(PLAIN)/.ready
 	$(PLAIN)/bin/python -m shardconv.demo build/demo
@@ -28,8 +30,14 @@ lint: $(FULL)/.ready
 	$(FULL)/bin/ruff check .
 	$(FULL)/bin/mypy
 
-bench: $(PLAIN)/.ready
-	$(PLAIN)/bin/python scripts/benchmark.py build/bench
+bench: $(FULL)/.ready
+	$(FULL)/bin/python scripts/benchmark.py build/bench --peer
+
+mutate: $(FULL)/.ready
+	$(FULL)/bin/python scripts/mutate.py
+
+orbax:
+	PYTHON=$(PYTHON) sh scripts/test_orbax_versions.sh
 
 clean:
 	rm -rf .venv build shardconv.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
