@@ -69,7 +69,9 @@ def plan_of(config: Config, shapes: Shapes, equal: bool | None) -> Plan:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # not tied, and tied, where config.json says nothing
 @pytest.mark.parametrize("flag", [True, False, None, "left out"])
 @pytest.mark.parametrize(
-    ("present", "equal"), [(False, None), (True, True), (True, False), (True, None)], ids=["absent", "equal", "different", "not compared"]
+    ("present", "equal"),
+    [(False, None), (False, False), (True, True), (True, False), (True, None)],
+    ids=["absent", "absent, whatever was compared", "equal", "different", "not compared"],
 )
 def test_ties(family: str, flag: Any, present: bool, equal: bool | None) -> None:
     config, shapes = checkpoint(ONE_EACH[family])
@@ -85,7 +87,7 @@ def test_ties(family: str, flag: Any, present: bool, equal: bool | None) -> None
         assert str(caught.value) == MISSING.format(family=family, said=said)
         return
     plan = plan_of(config, shapes, equal)
-    tied = says_tied and equal is not False
+    tied = says_tied and (equal is not False or not present)
     assert plan.tied == tied
     assert ("unembed" in {leaf.name for leaf in plan.leaves}) == (not tied)
     note = ABSENT if not present else {True: EQUAL, False: DIFFERS, None: LATER}[equal]
@@ -225,6 +227,16 @@ def test_what_is_ignored_is_told() -> None:
         "model.layers.61.* (1 tensor) ignored",
         "vision.* (2 tensors) ignored",
     )
+
+
+def test_a_plan_takes_the_users_rules_and_tells_what_they_ignored() -> None:
+    config, shapes = checkpoint()
+    shapes |= {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,), "vision.a": (2,)}
+    source, model = header_only(shapes, config), model_of(config)
+    layout = LAYOUTS["flat"](model, LayoutOptions(True, "auto", 0, ""))
+    plan = make_plan(source, model, layout, PlanOptions("source", MeshRules({}, {}), 1 << 20, 1 << 30, ignore=("vision.*",)))
+    assert plan.notes == ("model.layers.{}.self_attn.rotary_emb.inv_freq (1 tensor) ignored", "vision.* (1 tensor) ignored")
+    assert plan.bytes_read == source.total_bytes - 2 * (4 + 2)
 
 
 @pytest.mark.parametrize(

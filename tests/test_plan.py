@@ -211,6 +211,29 @@ def test_a_worker_holds_no_more_than_was_planned(tmp_path: Path) -> None:
     assert held > plan.peak_bytes / 2  # and it is no wild guess
 
 
+@pytest.mark.parametrize(
+    ("codes", "dtype", "ratio"),
+    [("BF16", "bfloat16", 1), ("BF16", "float32", 1), ("F32", "bfloat16", 2), ("F64", "float8_e5m2", 8), ("BF16 F64", "bfloat16", 4)],
+)
+def test_rows_are_as_wide_as_the_wider_of_two_dtypes(codes: str, dtype: str, ratio: int, tmp_path: Path) -> None:
+    """What the plan says of one leaf, and what the buffer for its rows has grown to."""
+    shapes = {f"l.{layer}.gate": (40, 60) for layer in range(2)}
+    each = dict(zip(shapes, (codes.split() * 2)[:2], strict=True))
+    tensors = [NewTensor(key, each[key], shape) for key, shape in shapes.items()]
+    write_checkpoint(tmp_path, tensors, None, max_file_bytes=1 << 20, metadata={})
+    source = replace(open_source(tmp_path), config={**CONFIG, "hidden_size": 60, "intermediate_size": 40})
+    model = bind(two_in_one(ROWS[:1]).family, source.config or {})
+    plan = make_plan(source, model, fused(replace(GATE, dims="layers embed mlp")), options(dtype=dtype))
+    (leaf,) = plan.leaves
+    assert leaf.rows_ratio == ratio
+    assert plan.peak_bytes == (CHUNKS + 1 + ratio) * leaf.nbytes
+    workspace = Workspace()
+    out = np.empty(leaf.shape, dtype_named(dtype).numpy)
+    with Reader(source.root, coalesce_gap=READ_GAP) as reader:
+        make_box(leaf, whole(leaf.shape), source.tensors, reader, workspace, out)
+    assert workspace.buffers["rows"].nbytes == leaf.nbytes // 2 * ratio  # a piece is one of two layers
+
+
 def test_more_copies_in_the_store_make_smaller_chunks() -> None:
     source = published("llama3_8b")
     one, three = (plan_of(source, options(memory_budget=32 << 20, store_copies=copies)) for copies in (1, 3))
@@ -407,6 +430,27 @@ def test_parts_of_a_fused_leaf_lie_side_by_side(tmp_path: Path) -> None:
         make_box(leaf, whole(leaf.shape), source.tensors, reader, Workspace(), out)
     layers = [np.concatenate([arrays[f"l.{layer}.gate"].T, arrays[f"l.{layer}.up"].T], axis=1) for layer in range(2)]
     assert np.array_equal(raw_view(out), raw_view(np.stack(layers)))
+
+
+@pytest.mark.parametrize("chunk_bytes", [3000, 1300, 80, 14])
+def test_gaps_that_are_read_and_runs_across_digits_are_counted(chunk_bytes: int, tmp_path: Path) -> None:
+    """A fused leaf whose second part is stored the other way round: its chunks are columns, many runs with gaps between them. And a dim
+    whose chunks start in the middle of an inner digit: there the number of pieces differs from chunk to chunk."""
+    family = Family(
+        "two",
+        "Two",
+        (),
+        {"layers": 2, "embed": 1300, "mlp": 5, "a": 7, "b": 5},
+        (ROWS[0], Param("layers.up", "l.{layers}.up", "embed mlp"), Param("layers.turned", "l.{layers}.turned", "(b a) mlp")),
+    )
+    shapes = {"gate": (5, 1300), "up": (1300, 5), "turned": (35, 5)}
+    tensors = [NewTensor(f"l.{layer}.{name}", "I8", shape) for layer in range(2) for name, shape in shapes.items()]
+    write_checkpoint(tmp_path, tensors, None, max_file_bytes=1 << 20, metadata={})
+    layout = fused(GATE, UP, Slot("layers.turned", "turned", "layers (a b) mlp"))
+    plan = make_plan(open_source(tmp_path), bind(family, {}), layout, options(chunk_bytes=chunk_bytes))
+    counts = read_all(plan)
+    assert (counts.bytes_read, counts.requests) == (plan.bytes_read, plan.requests)
+    assert counts.bytes_read > counts.bytes_needed
 
 
 def test_half_of_a_fused_leaf_and_the_rest_zeros() -> None:
