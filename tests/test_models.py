@@ -334,7 +334,7 @@ def test_what_has_no_forward() -> None:
     assert str(caught.value) == (
         "there is no JAX forward for this model (1 problem):\n"
         "  model_type is 'mamba'; known: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma2, cohere, gpt_neox, gpt2, minimax_m2\n"
-        '      set check = "weights", or give a forward of your own'
+        '      set check.mode = "weights", or give a forward of your own'
     )
     with pytest.raises(ConfigError, match="rope_type is 'longrope'; known: default, linear, llama3, yarn"):
         decoder_of({**LLAMA, "rope_scaling": {"rope_type": "longrope"}})

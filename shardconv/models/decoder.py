@@ -59,7 +59,8 @@ def states(weights: Weights, tokens: jax.Array) -> Iterator[tuple[str, jax.Array
     x = embedded(decoder, ends, tokens)
     yield "embed", x
     for layer, (window, places) in enumerate(zip(decoder.windows, reading.blocks, strict=True)):
-        x = block(decoder, window, weights.arrays(places), x)
+        arrays = {role: array.astype(jnp.float32) for role, array in weights.arrays(places).items()}
+        x = block(decoder, window, arrays, x)
         yield f"block {layer}", x
     yield "logits", head(decoder, ends, x)
 
@@ -73,8 +74,7 @@ def embedded(decoder: Decoder, ends: Arrays, tokens: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("decoder", "window"))
 def block(decoder: Decoder, window: int | None, arrays: Arrays, x: jax.Array) -> jax.Array:
-    """One block, (batch, length, embed) to the same."""
-    arrays = {role: array.astype(jnp.float32) for role, array in arrays.items()}
+    """One block, (batch, length, embed) to the same, with arrays in float32."""
     inner = normed(decoder.norm, x, arrays, "attn_norm")
     y = attention(decoder, window, arrays, inner)
     y = normed(decoder.norm, y, arrays, "attn_post_norm") if "attn_post_norm" in arrays else y

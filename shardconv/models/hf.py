@@ -12,7 +12,7 @@ from typing import Any
 from shardconv.errors import ConfigError, Problem
 from shardconv.models.description import Decoder, Norm, Rope, Routing
 
-ELSEWHERE = 'set check = "weights", or give a forward of your own'
+ELSEWHERE = 'set check.mode = "weights", or give a forward of your own'
 
 ATTENTION = frozenset({"attn_norm", "q", "k", "v", "o", "mlp_norm"})
 GATED = frozenset({"gate", "up", "down"})

@@ -18,7 +18,7 @@ def read(layout: str, decoder: Decoder, names: Collection[str], *, scanned: bool
     Raises ConfigError for a layout without a reader, CheckError with every role that has no leaf and every leaf that nobody reads.
     """
     if layout not in READERS:
-        problem = Problem(f"there is no reader for the layout {layout!r}", 'set check = "weights"')
+        problem = Problem(f"there is no reader for the layout {layout!r}", 'set check.mode = "weights"')
         raise ConfigError("there is no JAX forward for this checkpoint", [problem])
     reading = READERS[layout](decoder, names, scanned, rope)
     if problems := list(_gaps(reading, names)):

@@ -26,17 +26,13 @@ Tokens = npt.NDArray[np.int64]
 # What transformers says of its loading that makes a comparison worthless.
 MISFITS = {"missing_keys": "has no {}", "mismatched_keys": "has {} in another shape", "unexpected_keys": "has {}, which the model has not"}
 
-# Weights are scaled by this before they are rounded and back after: no power of two, so that a weight which is a float of fewer bits is
-# rounded too, as it would be in a layout that folds a scale into it.
-NO_POWER_OF_TWO = 1.1
-
 
 def require_torch() -> None:
     """Raises ConfigError where torch or transformers is not installed."""
     absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if absent:
         said = f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"
-        remedy = 'pip install "shardconv[check]", or set check = "weights"'
+        remedy = 'pip install "shardconv[check]", or set check.mode = "weights"'
         raise ConfigError("comparing logits needs the PyTorch model", [Problem(said, remedy)])
 
 
@@ -46,6 +42,15 @@ class Run:
 
     logits: Logits
     routers: Logits | None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A tensor that is stored as its values times `scale` plus `shift`, rounded to `dtype`."""
+
+    dtype: str
+    scale: float = 1.0
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,9 @@ class Reference:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return self.run(tokens)
 
-    def rounded(self, tokens: Tokens, dtype: str) -> Run:
-        """With every weight rounded once to a dtype."""
-        with _rounded(self.model, dtype):
+    def rounded(self, tokens: Tokens, roundings: Mapping[str, Rounding]) -> Run:
+        """With weights rounded, by the source's names of tensors."""
+        with _rounded(self.model, roundings):
             return self.run(tokens)
 
 
@@ -179,17 +184,31 @@ def _nudged(model: Any, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _rounded(model: Any, dtype: str) -> Iterator[None]:
-    """Every weight rounded once to a dtype; each is put back, so that is one more copy of the weights."""
+def _rounded(model: Any, roundings: Mapping[str, Rounding]) -> Iterator[None]:
+    """The weights rounded as a plan says; each is put back after, so that is one more copy of those concerned.
+
+    transformers stacks experts and renames some tensors; what no tensor has the name of is rounded as those are that have no weight.
+    """
     import torch
 
-    kept = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    weights = dict(model.named_parameters())
+    others = next((rounding for key, rounding in roundings.items() if key not in weights), None)
+    chosen = {name: roundings.get(name, others) for name in weights}
+    kept = {name: weights[name].detach().clone() for name, rounding in chosen.items() if rounding is not None}
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_((weight * NO_POWER_OF_TWO).to(getattr(torch, dtype)).float() / NO_POWER_OF_TWO)
+        for name in kept:
+            weights[name].copy_(_round(weights[name], chosen[name]))
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, weight in model.named_parameters():
-                weight.copy_(kept[name])
+            for name, weight in kept.items():
+                weights[name].copy_(weight)
+
+
+def _round(weight: Any, rounding: Any) -> Any:
+    """A weight as it reads back: scaled, shifted, rounded, and all but the rounding undone, in float64."""
+    import torch
+
+    stored = (weight.double() * rounding.scale + rounding.shift).to(getattr(torch, rounding.dtype))
+    return (stored.double() - rounding.shift) / rounding.scale

@@ -1,0 +1,77 @@
+"""The written checkpoint on a mesh, by plain Orbax calls, as a user's training job restores it."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shardconv.errors import CheckError, Problem
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Leaves by dotted name, each sharded as the checkpoint says, the mesh they are on, and what the checkpoint says about itself."""
+
+    leaves: Mapping[str, jax.Array]
+    mesh: Mesh
+    metadata: Mapping[str, Any]
+
+
+def restore(path: str, devices: Sequence[jax.Device]) -> Restored:
+    """Restores the tree at `path` onto devices, sharded by the PartitionSpecs that the checkpoint carries.
+
+    The mesh is the plan's, or as much of it as there are devices. Raises CheckError where the checkpoint says nothing of itself.
+    """
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        found = checkpointer.metadata(path).item_metadata
+        metadata = found.custom_metadata or {}
+        ours = metadata.get("shardconv")
+        if not isinstance(ours, Mapping):
+            raise CheckError("the checkpoint cannot be checked", [Problem(f"{path} does not say how it was made", "convert it again")])
+        mesh = mesh_of(ours["mesh"], devices)
+        kinds = dict(_named(found.tree))
+        targets = {name: _target(kind, mesh, ours["partition_specs"].get(name, ())) for name, kind in kinds.items()}
+        tree = _nested(targets)
+        arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+        leaves = dict(_named(checkpointer.restore(path, args=arguments)))
+    return Restored(leaves, mesh, metadata)
+
+
+def mesh_of(axes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of these axes, each as long as asked or, where devices run out, as its largest divisor that they allow."""
+    sizes, left = [], len(devices)
+    for size in axes.values():
+        fits = max(part for part in range(1, left + 1) if size % part == 0)
+        sizes.append(fits)
+        left //= fits
+    return Mesh(np.array(devices[: math.prod(sizes)]).reshape(sizes), tuple(axes))
+
+
+def _target(kind: Any, mesh: Mesh, spec: Sequence[Any]) -> jax.ShapeDtypeStruct:
+    entries = (tuple(entry) if isinstance(entry, list) else entry for entry in spec)
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=NamedSharding(mesh, PartitionSpec(*entries)))
+
+
+def _named(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts by dotted name."""
+    if not isinstance(tree, Mapping):
+        yield prefix, tree
+        return
+    for key, child in tree.items():
+        yield from _named(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *path, last = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
