@@ -48,8 +48,8 @@ def source(root: Path, size: str) -> Path:
     return out
 
 
-def convert(root: Path, checkpoint: Path, out: Path, *, mesh: int = 8, **settings: object) -> list[str]:
-    """The command that converts `checkpoint` to `out`."""
+def convert(root: Path, checkpoint: Path, out: Path, executor: str, *, mesh: int = 8, **settings: object) -> list[str]:
+    """The command that converts `checkpoint` to `out`, without the check unless `settings` ask for it."""
     rules = {axis: name for axis, name in RULES.items() if name in MESHES[mesh]}
     values = {
         "source.path": str(checkpoint),
@@ -57,11 +57,13 @@ def convert(root: Path, checkpoint: Path, out: Path, *, mesh: int = 8, **setting
         "target.layout": "maxtext",
         "mesh.axes": MESHES[mesh],
         "mesh.rules": rules,
+        "workers.executor": executor,
+        "check.mode": "none",
         **settings,
     }
     config = root / "bench.toml"
     config.write_text("")
-    return [*SHARDCONV, "run", str(config), *(part for key, value in values.items() for part in ("--set", f"{key}={_toml(value)}"))]
+    return [*SHARDCONV, "run", "-q", str(config), *(part for key, value in values.items() for part in ("--set", f"{key}={_toml(value)}"))]
 
 
 def _toml(value: object) -> str:
@@ -99,8 +101,9 @@ def speed(root: Path, rounds: int, peer: bool) -> None:
     checkpoint, out = source(root, "2.5GB"), root / "out"
     commands = {
         "cp -r": ["cp", "-r", str(checkpoint), str(out)],
-        "shardconv, local": convert(root, checkpoint, out, **{"workers.executor": "local"}),
-        "shardconv, Ray": convert(root, checkpoint, out, **{"workers.executor": "ray"}),
+        "shardconv, local": convert(root, checkpoint, out, "local"),
+        "shardconv, local, checked": convert(root, checkpoint, out, "local", **{"check.mode": "weights"}),
+        "shardconv, Ray": convert(root, checkpoint, out, "ray"),
     }
     if peer:
         commands["safetensors + jnp + Orbax"] = [sys.executable, "scripts/peer_script.py", str(checkpoint), str(out)]
@@ -134,8 +137,7 @@ def memory(root: Path) -> None:
     for size in SIZES:
         out = root / "out"
         checkpoint = source(root, size)
-        settings = {"workers.executor": "ray", "workers.memory_budget": "512MiB"}
-        measure(convert(root, checkpoint, out, **settings), checkpoint, out)
+        measure(convert(root, checkpoint, out, "ray", **{"workers.memory_budget": "512MiB"}), checkpoint, out)
         facts = report(out)
         budget, peak = int(str(facts["memory_budget_bytes"])), int(str(facts["peak_rss_bytes"]))
         print(f"| {size} | {budget / 1e6:.0f} | {peak / 1e6:.0f} |", flush=True)
@@ -147,8 +149,7 @@ def amplification(root: Path) -> None:
     print("| layers | mesh | read | written | requests |\n|---|---|---|---|---|")
     for scan in (True, False):
         for mesh in MESHES:
-            settings = {"workers.executor": "local", "target.scan_layers": scan}
-            measure(convert(root, checkpoint, out, mesh=mesh, **settings), checkpoint, out)
+            measure(convert(root, checkpoint, out, "local", mesh=mesh, **{"target.scan_layers": scan}), checkpoint, out)
             facts = report(out)
             words = "scanned" if scan else "unscanned"
             read, written = float(str(facts["read_amplification"])), float(str(facts["write_amplification"]))
