@@ -1,7 +1,7 @@
 """One task of a worker: read boxes of one leaf back, and hold each against what belongs there.
 
-Memory: a slab of the leaf, some rows of a source tensor, and what becomes of them; all bounded by the task's `memory`, however large the
-leaf, the chunk or the tensor. Boxes that are whole chunks are hashed as they were when they were written.
+Memory: a slab of the leaf and the next one, some rows of a source tensor, and what becomes of them; all bounded by the task's `memory`,
+however large the leaf, the chunk or the tensor. Boxes that are whole chunks are hashed as they were when they were written.
 """
 
 from dataclasses import dataclass, field
@@ -97,18 +97,19 @@ def look(task: Task) -> Sight:
     stored, tensors = opened(task.place)
     reference, sight = task.reference, Sight(task.reference.name)
     itemsize = numpy_dtype(reference.dtype).itemsize
-    for number, box in enumerate(task.boxes, task.first or 0):
-        digest = xxhash.xxh3_64()
-        for slab in slabs(box, max(task.memory // 4 // itemsize, 1)):
-            try:
-                found = stored.read(reference.name, slab)
-            except ValueError as error:  # TensorStore's, of a chunk that is missing or broken
-                sight.unreadable = str(error).splitlines()[0]
-                break
-            digest.update(bits(found).data)
-            _compare(sight, reference, tensors, slab, found, min(ROWS, task.memory // 32))
-        if task.first is not None:
-            sight.digests[number] = digest.hexdigest()
+    cut = [(number, slab) for number, box in enumerate(task.boxes) for slab in slabs(box, max(task.memory // 8 // itemsize, 1))]
+    digests = [xxhash.xxh3_64() for _ in task.boxes]
+    arrays = stored.reads(reference.name, [slab for _, slab in cut])
+    for number, slab in cut:
+        try:
+            found = next(arrays)
+        except ValueError as error:  # TensorStore's, of a chunk that is missing or broken
+            sight.unreadable = str(error).splitlines()[0]
+            return sight
+        digests[number].update(bits(found).data)
+        _compare(sight, reference, tensors, slab, found, min(ROWS, task.memory // 32))
+    if task.first is not None:
+        sight.digests = {task.first + number: digest.hexdigest() for number, digest in enumerate(digests)}
     return sight
 
 

@@ -5,7 +5,9 @@ nothing is cached, since nothing is read twice.
 """
 
 import json
+import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,7 @@ class Stored:
         self.custom: dict[str, Any] = self._metadata.get("custom_metadata") or {}
         self._context = ts.Context(NOTHING_IS_CACHED)
         self._open: dict[str, ts.TensorStore] = {}
+        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
     def leaf(self, name: str) -> StoredLeaf:
         """What an array is."""
@@ -51,8 +54,31 @@ class Stored:
         return StoredLeaf(tuple(array.shape), array.dtype.name, tuple(size or 1 for size in chunk))
 
     def read(self, name: str, box: Box) -> Array:
-        """A box of an array, in C order; raises ValueError for a chunk that is missing or broken."""
-        return np.asarray(self._array(name)[tuple(slice(*side) for side in box)].read().result(), order="C")
+        """A box of an array, in C order, in memory that later reads use again; raises ValueError for a chunk that is missing or broken."""
+        return next(self.reads(name, [box]))
+
+    def reads(self, name: str, boxes: Sequence[Box]) -> Iterator[Array]:
+        """Boxes of an array, each in memory that is used again for the one after the next: that one is read meanwhile.
+
+        TensorStore would take fresh memory for each, of which the kernel zeroes every page: a third of the time of a read.
+        """
+        ahead = self._begin(name, boxes[0], 0) if boxes else None
+        for number in range(1, len(boxes) + 1):
+            if ahead is None:
+                return
+            array, done = ahead
+            ahead = self._begin(name, boxes[number], number % 2) if number < len(boxes) else None
+            done.result()
+            yield array
+
+    def _begin(self, name: str, box: Box, turn: int) -> tuple[Array, ts.WriteFutures]:
+        view = self._array(name)[tuple(slice(*side) for side in box)]
+        nbytes = math.prod(view.shape) * view.dtype.numpy_dtype.itemsize
+        if self._buffers[turn].nbytes < nbytes:
+            self._buffers[turn] = np.empty(nbytes, np.uint8)
+        out: Array = self._buffers[turn][:nbytes].view(view.dtype.numpy_dtype).reshape(view.shape)
+        source = view.translate_to[(0,) * view.rank] if view.rank else view
+        return out, ts.array(out, copy=False, write=True).write(source)
 
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._open:
