@@ -311,6 +311,9 @@ def test_another_order_of_sums_changes_bits_and_nothing_else(case: Any) -> None:
     before = made.reference.run(tokens)
     other = made.reference.reordered(tokens, 1)
     assert not np.array_equal(other.logits, before.logits) and not np.array_equal(other.routers, before.routers)
+    for one in (reference._sums(1), reference._nudged(made.reference.model, 1)):
+        with one:
+            assert not np.array_equal(made.reference.run(tokens).logits, before.logits)
     np.testing.assert_allclose(other.logits, before.logits, atol=5e-5)
     np.testing.assert_array_equal(made.reference.run(tokens).logits, before.logits)
 
@@ -409,7 +412,7 @@ def test_a_checkpoint_lies_on_the_mesh_as_its_specs_say(case: Any, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("axes", "devices", "sizes"),
-    [({"a": 4, "b": 2}, 8, [4, 2]), ({"a": 256, "b": 4}, 8, [8, 1]), ({"a": 3, "b": 4}, 8, [3, 2]), ({"a": 9}, 1, [1]), ({}, 8, [])],
+    [({"a": 4, "b": 2}, 8, [4, 2]), ({"a": 256, "b": 4}, 8, [8, 1]), ({"a": 3, "b": 4}, 8, [3, 2]), ({"a": 9}, 8, [3]), ({}, 8, [])],
 )
 def test_a_mesh_is_as_much_of_the_plans_as_there_are_devices(axes: dict[str, int], devices: int, sizes: list[int]) -> None:
     assert list(mesh_of(axes, jax.devices()[:devices]).shape.values()) == sizes

@@ -252,7 +252,8 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(name: str) -> No
     model_type = MODELS[name]["model_type"]
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "n_embd", "n_head", "n_layer")
     little = {key: value for key, value in MODELS[name].items() if key in sizes}
-    for said in (little, {key: value for key, value in MODELS[name].items() if value is not None and key != "model_type"}):
+    full_of_windows = {**little, "use_sliding_window": True, "num_hidden_layers": 30} if "qwen" in model_type else little
+    for said in (little, full_of_windows, {key: value for key, value in MODELS[name].items() if value is not None and key != "model_type"}):
         full = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(said)).to_dict()
         # An absent number of key and value heads is the number of heads, to published configs; transformers has some number of its own.
         kv_heads = {"num_key_value_heads": full.get("num_key_value_heads")}
@@ -277,6 +278,7 @@ def test_rope_of_both_spellings() -> None:
         {**YARN, "attention_factor": 0.5},
         {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
         {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096},
+        {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 1 << 22, "rope_theta": 100.0},
     ],
 )
 def test_frequencies_are_those_of_transformers(scaling: Config | None) -> None:
@@ -357,6 +359,7 @@ FLAT = [
 def test_a_reader_wants_every_role_and_has_a_use_for_every_leaf() -> None:
     decoder = decoder_of(LLAMA)
     assert read("flat", decoder, FLAT, scanned=True, rope="auto").decoder == decoder
+    assert "unembed" in read("flat", decoder_of({**LLAMA, "tie_word_embeddings": True}), FLAT, scanned=True, rope="auto").ends
     names = [*FLAT[:-1], "layers.attn.q_norm", "layers.3.attn.q"]
     with pytest.raises(CheckError) as caught:
         read("flat", decoder, names, scanned=True, rope="auto")
