@@ -77,15 +77,9 @@ FAULTS = (
         "math.prod(digit.radix for digit in rest), sum(lengths),",
         "math.prod(digit.radix for digit in rest), sum(lengths[: part + 1]),",
     ),
-    Fault("a sum keeps one digit of its part", "axes", "outer.group), *rest)", "outer.group), *rest[1:])"),
-    Fault("a part starts in elements, not steps", "axes", "before // step, outer.group", "before, outer.group"),
+    Fault("a sum keeps one digit of its part", "axes", "before // step), *rest)", "before // step), *rest[1:])"),
+    Fault("a part starts in elements, not steps", "axes", "before // step), *rest", "before), *rest"),
     Fault("a split in the wrong order", "axes", "for name in size.split()", "for name in reversed(size.split())"),
-    Fault(
-        "a split axis is forgotten",
-        "axes",
-        "return tuple(Digit(digit.axis, digit.size, digit.radix, group=token)",
-        "return tuple(Digit(digit.axis, digit.size, digit.radix, group=digit.axis)",
-    ),
     Fault("an axis may stand twice", "axes", "used.count(axis) > 1", "used.count(axis) > 2"),
     # pieces
     Fault("the buffer's origin is forgotten", "route", "return start - origin, start - origin + ", "return start, start + "),

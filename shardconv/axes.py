@@ -36,14 +36,12 @@ class Digit:
     """One digit of a mixed-radix number: `offset` + the index of `axis`, in [0, `radix`).
 
     `size` is the axis' own length; where it is less than `radix` the rest is room, filled by other parts of a sum or by nobody.
-    `group` is the axis as the table wrote it, before a split: the name that mesh rules go by.
     """
 
     axis: str
     size: int
     radix: int
     offset: int = 0
-    group: str = ""
 
 
 Dim = tuple[Digit, ...]
@@ -249,7 +247,7 @@ def _sum(group: str, inner: list[str], axes: Axes, part: int) -> Dim:
     step, total, before = math.prod(digit.radix for digit in rest), sum(lengths), sum(lengths[:part])
     if not step or total % step or before % step:
         raise ValueError(f"{group}: part {part} starts at {before} of {total}, and both must be multiples of {step}")
-    return (Digit(outer.axis, outer.size, total // step, before // step, outer.group), *rest)
+    return (Digit(outer.axis, outer.size, total // step, before // step), *rest)
 
 
 def _length(term: list[str], axes: Axes) -> int:
@@ -264,9 +262,8 @@ def _axis(token: str, axes: Axes) -> Dim:
         raise ValueError(f"axis {token!r} has no size; known: {', '.join(sorted(axes))}")
     size = axes[token]
     if isinstance(size, str):
-        finer = (digit for name in size.split() for digit in _axis(name, axes))
-        return tuple(Digit(digit.axis, digit.size, digit.radix, group=token) for digit in finer)
+        return tuple(digit for name in size.split() for digit in _axis(name, axes))
     if isinstance(size, tuple) and len(set(size)) < len(size):
         raise ValueError(f"axis {token!r} has a label twice")
     length = len(size) if isinstance(size, tuple) else size
-    return (Digit(token, length, length, group=token),)
+    return (Digit(token, length, length),)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from shardconv.coverage import TIED
 from shardconv.dtypes import DType, dtype_named, dtype_of_code, raw_view
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.families import find
@@ -68,9 +69,8 @@ def _float_named(name: str) -> DType:
 
 
 def _tensors(model: Model, stored: DType) -> Iterator[NewTensor]:
-    tied = model.config.get("tie_word_embeddings", model.family.tied_by_default)
     for param in model.params:
-        if not (tied and param.name == "unembed"):
+        if not (model.says_tied and param.name == TIED):
             address = param.address(model.axes)
             for key, _ in address.keys():
                 yield NewTensor(key, stored.code, address.shape)

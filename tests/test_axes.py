@@ -140,13 +140,6 @@ def test_every_sum_of_an_address_has_the_same_part() -> None:
     assert digits_of("(heads | kv_heads) (embed | mlp)", part=1) == [[("kv_heads", 2, 8, 6)], [("mlp", 12, 28, 16)]]
 
 
-def test_a_digit_remembers_the_axis_that_was_split() -> None:
-    (dim,) = address("w", "(heads head_dim)", AXES).dims
-    assert [digit.group for digit in dim] == ["heads", "head_dim", "head_dim"]
-    (dim,) = address("w", "(heads half pair)", AXES).dims
-    assert [digit.group for digit in dim] == ["heads", "half", "pair"]
-
-
 def test_a_hole_counts_from_its_offset() -> None:
     read = address("h.{layers+3}.w", "", AXES)
     assert [key for key, _ in read.keys()] == ["h.3.w", "h.4.w", "h.5.w", "h.6.w"]
