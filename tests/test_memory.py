@@ -16,7 +16,7 @@ MIB = 1 << 20
 BUDGET = 32 * MIB
 # What a worker is before it has a buffer: the interpreter, NumPy, TensorStore, the plan; measured 75 to 85 MiB.
 BASELINE = 96 * MIB
-# The check has TensorStore and einops on top; measured 70 to 95 MiB.
+# The check has TensorStore and einops on top; measured 65 to 80 MiB.
 CHECK_BASELINE = 112 * MIB
 
 

@@ -97,7 +97,7 @@ def look(task: Task) -> Sight:
     stored, tensors = opened(task.place)
     reference, sight = task.reference, Sight(task.reference.name)
     itemsize = numpy_dtype(reference.dtype).itemsize
-    cut = [(number, slab) for number, box in enumerate(task.boxes) for slab in slabs(box, max(task.memory // 8 // itemsize, 1))]
+    cut = [(number, slab) for number, box in enumerate(task.boxes) for slab in slabs(box, max(task.memory // 4 // itemsize, 1))]
     digests = [xxhash.xxh3_64() for _ in task.boxes]
     arrays = stored.reads(reference.name, [slab for _, slab in cut])
     for number, slab in cut:

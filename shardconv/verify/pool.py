@@ -14,8 +14,9 @@ from shardconv.run import named
 from shardconv.run.child import Child, ChildDied
 
 ANSWER = "shardconv.verify.pool:answer"
-# No library of a worker may take the accelerators, or more than its own core.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+# No library of a worker may take the accelerators, or more than its own core; and glibc shall not keep a heap for every thread of
+# TensorStore, each as large as its largest read.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 AGAIN = "`shardconv verify` checks again; --set workers.memory_budget=SIZE gives it less memory"
 
 

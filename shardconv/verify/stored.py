@@ -19,7 +19,8 @@ from shardconv.errors import CheckError, Problem
 
 Array = npt.NDArray[Any]
 Box = tuple[tuple[int, int], ...]
-NOTHING_IS_CACHED = {"cache_pool": {"total_bytes_limit": 0}}
+# Nothing is cached, and a worker has one core: more threads would each hold a chunk.
+LEAN = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 2}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Stored:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckError(f"{self.folder} cannot be read as a checkpoint", [Problem(f"{type(error).__name__}: {error}")]) from None
         self.custom: dict[str, Any] = self._metadata.get("custom_metadata") or {}
-        self._context = ts.Context(NOTHING_IS_CACHED)
+        self._context = ts.Context(LEAN)
         self._open: dict[str, ts.TensorStore] = {}
         self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
