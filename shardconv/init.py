@@ -42,12 +42,17 @@ TENSOR_AXES = ("heads", "kv_heads", "mlp")
 def write_config(hf_dir: str, layout: str, output: str, force: bool) -> str:
     """Write a config for the checkpoint in `hf_dir` to `output` and return its text.
 
-    Raises InputError when config.json cannot be read or no family fits it, ConfigError when `output` exists and not `force`.
+    Raises InputError when config.json cannot be read or no family fits it, ConfigError when `output` exists and not `force`, or cannot
+    be written.
     """
     text = config_text(read_hf_config(hf_dir), hf_dir, layout, output)
     if os.path.lexists(output) and not force:
         raise ConfigError("will not overwrite a config", [Problem(f"{output} exists", "choose another --output, or add --force")])
-    Path(output).write_text(text, encoding="utf-8")
+    try:
+        Path(output).write_text(text, encoding="utf-8")
+    except OSError as error:
+        remedy = "give --output a file in a directory that is there and can be written"
+        raise ConfigError("cannot write the config", [Problem(f"{output}: {error.strerror}", remedy)]) from None
     return text
 
 

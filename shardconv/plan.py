@@ -28,7 +28,7 @@ from shardconv.leaf import CHUNKS as CHUNKS
 from shardconv.leaf import Leaf as Leaf
 from shardconv.leaf import Part as Part
 from shardconv.leaf import leaf_pieces as leaf_pieces
-from shardconv.sharding import MeshRules, Spec, misfits, partition, shards
+from shardconv.sharding import MeshRules, Misfit, Spec, misfits, partition, shards, yielded
 from shardconv.source import Source
 from shardconv.units import READ_GAP as READ_GAP
 from shardconv.units import Span as Span
@@ -116,7 +116,8 @@ def plan_from_json(text: bytes) -> Plan:
 def make_plan(source: Source, model: Model, layout: Layout, options: PlanOptions) -> Plan:
     """Plans the conversion of a source.
 
-    Raises InputError with all that is missing, unmapped, misshapen or undivided, ConfigError for a memory budget that fits no chunk.
+    Raises InputError with all that is missing, unmapped or misshapen, ConfigError for a mesh that does not divide the arrays or a memory
+    budget that fits no chunk.
     """
     tied = is_tied(model, source.tensors, options.ends_equal)
     ignored = require_covered(model, source.tensors, tied, options.ignore)
@@ -127,8 +128,11 @@ def make_plan(source: Source, model: Model, layout: Layout, options: PlanOptions
     )
     homeless = sorted(params.keys() - {slot.param for slot in layout.slots})
     builder.problems.extend(Problem(f"{param} has no place in it", 'use target.layout = "flat"') for param in homeless)
+    undivided = [misfit.problem(names, options.mesh) for misfit, names in builder.misfits.items()]
     if builder.problems:
-        raise InputError(f"the {layout.name} layout cannot hold this checkpoint", builder.problems)
+        raise InputError(f"the {layout.name} layout cannot hold this checkpoint", builder.problems + undivided)
+    if undivided:
+        raise ConfigError("the mesh does not divide the arrays", undivided)
     limit = _limit(leaves, options)
     leaves = tuple(_chunked(leaf, limit, options.mesh) for leaf in leaves)
     units = tuple(cut_units(leaves, source.tensors))
@@ -142,7 +146,7 @@ def make_plan(source: Source, model: Model, layout: Layout, options: PlanOptions
         mesh=options.mesh,
         tied=tied,
         metadata=layout.metadata,
-        notes=(*source.notes, *ignored, *ends, *layout.notes),
+        notes=(*source.notes, *_other_model(model), *ignored, *ends, *layout.notes, *_mesh_notes(builder.yielded)),
         store_copies=options.store_copies,
     )
 
@@ -156,6 +160,8 @@ class _Builder:
     model: Model
     options: PlanOptions
     problems: list[Problem] = field(default_factory=list)
+    misfits: dict[Misfit, set[str]] = field(default_factory=dict)
+    yielded: dict[tuple[str, str, str], set[str]] = field(default_factory=dict)
 
     def leaves(self, slot: Slot, param: Param) -> Iterator[Leaf]:
         """The leaves of one slot: one, or one for each index in its name."""
@@ -166,7 +172,7 @@ class _Builder:
         facts = self.model.facts
         rule = ValueRule(facts[slot.scale] if slot.scale else 1.0, facts[slot.shift] if slot.shift else 0.0)
         spec = partition(target, self.axes, self.options.mesh)
-        self.problems.extend(misfits(slot.name, target, self.axes, self.options.mesh))
+        self._split(target)
         codes = {key: self.stored[key].dtype for key, _ in source.keys()}
         plain = len(set(codes.values())) == 1
         wrong: dict[Problem, list[str]] = {}
@@ -180,6 +186,14 @@ class _Builder:
         for problem, names in wrong.items():
             said = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
             self.problems.append(Problem(f"{said} {problem.fact}", problem.remedy))
+
+    def _split(self, target: Address) -> None:
+        """Collect what the mesh rules do not do as they are written, with the arrays in which."""
+        names = [name for name, _ in target.keys()]
+        for misfit in misfits(target, self.axes, self.options.mesh):
+            self.misfits.setdefault(misfit, set()).update(names)
+        for rule in yielded(target, self.axes, self.options.mesh):
+            self.yielded.setdefault(rule, set()).update(names)
 
     def merged(self, leaves: Iterable[Leaf]) -> tuple[Leaf, ...]:
         """Leaves of one path made one: the parts of a fused target lie side by side."""
@@ -280,4 +294,18 @@ def _tie_notes(
     elif model.says_tied and key in stored:
         yield f"{key} differs from the embedding although config.json says tied: it is written, and the model is not tied"
     if tied and advice:
-        yield advice
+        yield f"{advice}, unless run finds the two different" if key in stored and equal is None else advice
+
+
+def _other_model(model: Model) -> Iterator[str]:
+    """That model.family was set to a family of other models."""
+    said, known = model.config.get("architectures"), model.family.architectures
+    if isinstance(said, list) and said and known and not set(map(str, said)) & set(known):
+        names = ", ".join(map(str, said))
+        yield f"config.json's architectures are {names}, and model.family = \"{model.family.name}\" is for {', '.join(known)}"
+
+
+def _mesh_notes(yielded: Mapping[tuple[str, str, str], set[str]]) -> Iterator[str]:
+    for (axis, entry, owner), names in yielded.items():
+        places = f"{len(names)} arrays" if len(names) > 1 else next(iter(names))
+        yield f"mesh.rules.{axis} does not apply in {places}: mesh.rules.{owner} comes before it and has {entry} there"

@@ -9,7 +9,7 @@ Names are those of the family: a dim of several axes answers to each of them, an
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from shardconv.axes import Address, Axes
@@ -47,8 +47,7 @@ def partition(address: Address, axes: Axes, mesh: MeshRules) -> Spec:
 
 def _governed(address: Address, axes: Axes, mesh: MeshRules) -> dict[int, str]:
     """The dims that a rule applies to, with the axis that the rule is for."""
-    whole = {finer: axis for axis, size in axes.items() if isinstance(size, str) for finer in size.split()}
-    names = [{name for digit in dim for name in _names(digit.axis, whole)} for dim in address.dims]
+    names = _answers(address, axes)
     governed: dict[int, str] = {}
     taken: set[str] = set()
     for axis, rule in mesh.rules.items():
@@ -57,6 +56,12 @@ def _governed(address: Address, axes: Axes, mesh: MeshRules) -> dict[int, str]:
             governed[place] = axis
             taken.update(rule)
     return governed
+
+
+def _answers(address: Address, axes: Axes) -> list[set[str]]:
+    """The axes that each dim answers to."""
+    whole = {finer: axis for axis, size in axes.items() if isinstance(size, str) for finer in size.split()}
+    return [{name for digit in dim for name in _names(digit.axis, whole)} for dim in address.dims]
 
 
 def _names(axis: str, whole: Mapping[str, str]) -> Iterator[str]:
@@ -72,13 +77,41 @@ def shards(spec: Spec, mesh: MeshRules) -> tuple[int, ...]:
     return tuple(math.prod(mesh.axes[axis] for axis in entry) for entry in names)
 
 
-def misfits(name: str, address: Address, axes: Axes, mesh: MeshRules) -> list[Problem]:
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """An axis of `size` that its mesh axes do not divide."""
+
+    axis: str
+    size: int
+    rule: tuple[str, ...]
+
+    def problem(self, arrays: Collection[str], mesh: MeshRules) -> Problem:
+        """What is wrong, told once for all the arrays that it is wrong in."""
+        count = math.prod(mesh.axes[entry] for entry in self.rule)
+        places = f"{len(arrays)} arrays" if len(arrays) > 1 else next(iter(arrays))
+        fact = f"{self.axis} is {self.size} in {places}, which {count} shards along {' and '.join(self.rule)} do not divide"
+        sizes = " and ".join(f"mesh.axes.{entry}" for entry in self.rule)
+        wanted = f"a divisor of {self.size}" if len(self.rule) == 1 else f"numbers whose product divides {self.size}"
+        return Problem(fact, f'set {sizes} to {wanted}, or mesh.rules.{self.axis} = ""')
+
+
+def misfits(address: Address, axes: Axes, mesh: MeshRules) -> list[Misfit]:
     """The dims that their mesh axes do not divide; JAX has no uneven shards."""
-    problems = []
-    for place, axis in sorted(_governed(address, axes, mesh).items()):
-        size, rule = address.shape[place], mesh.rules[axis]
-        count = math.prod(mesh.axes[entry] for entry in rule)
-        if size % count:
-            fact = f"{name}: dim {place} ({axis}) is {size}, which {count} shards along {' and '.join(rule)} do not divide"
-            problems.append(Problem(fact, f'set mesh.rules.{axis} = "" or to a mesh axis that divides {size}'))
-    return problems
+    governed = ((axis, address.shape[place], mesh.rules[axis]) for place, axis in sorted(_governed(address, axes, mesh).items()))
+    return [Misfit(*found) for found in governed if found[1] % math.prod(mesh.axes[entry] for entry in found[2])]
+
+
+def yielded(address: Address, axes: Axes, mesh: MeshRules) -> list[tuple[str, str, str]]:
+    """Rules that do not apply because an earlier one has their mesh axis: (axis, mesh axis, the axis that it splits instead).
+
+    >>> from shardconv.axes import address
+    >>> yielded(address("w", "embed mlp", {"embed": 8, "mlp": 4}), {}, MeshRules({"fsdp": 2}, {"mlp": ("fsdp",), "embed": ("fsdp",)}))
+    [('embed', 'fsdp', 'mlp')]
+    """
+    governed = _governed(address, axes, mesh)
+    owner = {entry: axis for axis in governed.values() for entry in mesh.rules[axis]}
+    found = []
+    for place, answers in enumerate(_answers(address, axes)):
+        for axis in (axis for axis in mesh.rules if axis in answers and axis not in governed.values() and place not in governed):
+            found += [(axis, entry, owner[entry]) for entry in mesh.rules[axis] if entry in owner][:1]
+    return found

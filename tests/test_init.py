@@ -181,3 +181,13 @@ def test_a_model_of_no_known_family(here: Path) -> None:
     model({"architectures": ["RwkvForCausalLM"]}, "x")
     with pytest.raises(InputError, match=r"^no family describes this checkpoint: its config.json says RwkvForCausalLM"):
         write_config("x", "flat", "c.toml", force=False)
+
+
+@pytest.mark.parametrize(("output", "why"), [("nodir/x.toml", "No such file or directory"), ("Llama-3.1-70B", "Is a directory")])
+def test_a_place_that_cannot_be_written(here: Path, output: str, why: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        write_config("Llama-3.1-70B", "maxtext", output, force=True)
+    assert str(caught.value) == (
+        f"cannot write the config (1 problem):\n  {output}: {why}\n"
+        "      give --output a file in a directory that is there and can be written"
+    )

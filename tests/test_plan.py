@@ -16,7 +16,7 @@ from layout_oracle import rows, stored_shapes
 from shardconv.boxes import box_shape, chunk_box, whole
 from shardconv.dtypes import dtype_named, raw_view
 from shardconv.errors import ConfigError, InputError
-from shardconv.families import find
+from shardconv.families import families, find
 from shardconv.family import DECODER_AXES, Family, Layout, LayoutOptions, Model, Param, Slot, bind, linear
 from shardconv.formats.reading import ReadCounts, Reader
 from shardconv.formats.writing import NewTensor, write_checkpoint
@@ -336,16 +336,47 @@ def report(source: Source, chosen: PlanOptions, layout: str = "maxtext", scan: b
 @pytest.mark.parametrize("chunk_bytes", [64 << 20, 1000])
 def test_dims_that_the_mesh_does_not_divide(chunk_bytes: int) -> None:
     mesh = MeshRules({"fsdp": 3, "tensor": 16}, {"embed": ("fsdp",), "kv_heads": ("tensor",)})
-    message = report(published("llama3_8b"), options(mesh=mesh, chunk_bytes=chunk_bytes))
-    lines = message.split("\n")
-    assert lines[0] == "the maxtext layout cannot hold this checkpoint (14 problems):"
-    assert lines[1:3] == [
-        "  params.params.token_embedder.embedding: dim 1 (embed) is 4096, which 3 shards along fsdp do not divide",
-        '      set mesh.rules.embed = "" or to a mesh axis that divides 4096',
-    ]
-    kernel = "  params.params.decoder.layers.self_attention.value.kernel: dim"
-    assert f"{kernel} 0 (embed) is 4096, which 3 shards along fsdp do not divide" in lines
-    assert f"{kernel} 2 (kv_heads) is 8, which 16 shards along tensor do not divide" in lines
+    with pytest.raises(ConfigError) as caught:
+        plan_of(published("llama3_8b"), options(mesh=mesh, chunk_bytes=chunk_bytes))
+    assert str(caught.value) == (
+        "the mesh does not divide the arrays (2 problems):\n"
+        "  embed is 4096 in 12 arrays, which 3 shards along fsdp do not divide\n"
+        '      set mesh.axes.fsdp to a divisor of 4096, or mesh.rules.embed = ""\n'
+        "  kv_heads is 8 in 2 arrays, which 16 shards along tensor do not divide\n"
+        '      set mesh.axes.tensor to a divisor of 8, or mesh.rules.kv_heads = ""'
+    )
+
+
+def test_a_mesh_that_does_not_divide_is_told_with_what_else_is_wrong() -> None:
+    config = small("mixtral_8x7b")
+    shapes = stored_shapes(rows("flat", config, "half"), config, False)
+    codes = {key: "F32" if key == "model.layers.1.input_layernorm.weight" else "BF16" for key in shapes}
+    message = report(header_only(shapes, config, codes), options(mesh=MeshRules({"fsdp": 5}, {"embed": ("fsdp",)})))
+    assert message.startswith("the maxtext layout cannot hold this checkpoint (2 problems):\n")
+    assert "which 5 shards along fsdp do not divide" in message
+
+
+def test_a_rule_that_yields_to_another_is_told() -> None:
+    mesh = MeshRules({"fsdp": 2}, {"mlp": ("fsdp",), "embed": ("fsdp",)})
+    notes = plan_of(published("llama3_8b"), options(mesh=mesh)).notes
+    assert "mesh.rules.embed does not apply in 3 arrays: mesh.rules.mlp comes before it and has fsdp there" in notes
+
+
+@pytest.mark.parametrize(("equal", "end"), [(None, ", unless run finds the two different"), (True, "")])
+def test_advice_for_a_tied_model_waits_for_the_comparison(equal: bool | None, end: str) -> None:
+    config = small("llama3_2_1b")
+    source = header_only(stored_shapes(rows("flat", config, "half"), config, False), config)
+    advice = "load with logits_via_embedding = true in the MaxText config, as there is no logits_dense"
+    assert advice + end in plan_of(source, options(ends_equal=equal)).notes
+
+
+def test_another_family_than_config_json_has_is_told() -> None:
+    source = published("llama3_8b")
+    model = bind(families()["mistral"], source.config)
+    layout = LAYOUTS["maxtext"](model, LayoutOptions(True, "auto", 0, ""))
+    said = 'config.json\'s architectures are LlamaForCausalLM, and model.family = "mistral" is for MistralForCausalLM'
+    assert said in make_plan(source, model, layout, options()).notes
+    assert not any("architectures" in note for note in plan_of(source, options()).notes)
 
 
 def test_tensors_of_different_dtypes_have_no_source_dtype() -> None:

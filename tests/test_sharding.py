@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardconv.axes import address
+from shardconv.errors import Problem
 from shardconv.families import find
 from shardconv.family import LayoutOptions, bind
 from shardconv.layouts import LAYOUTS
-from shardconv.sharding import MeshRules, misfits, partition, shards
+from shardconv.sharding import MeshRules, Misfit, misfits, partition, shards, yielded
 
 AXES = {"layers": 4, "embed": 64, "heads": 8, "kv_heads": 2, "head_dim": 16, "mlp": 96, "vocab": 100, "experts": 8}
 MESH = {"data": 2, "fsdp": 4, "tensor": 2, "expert": 8}
@@ -118,20 +119,32 @@ def test_shards() -> None:
     assert MeshRules({}, {}).devices == 1
 
 
-def test_misfits_name_the_dim_the_numbers_and_the_rule() -> None:
+def test_misfits_name_the_axis_the_numbers_and_the_rule() -> None:
     mesh = MeshRules(MESH, {"vocab": ("expert",), "head_dim": ("fsdp", "data", "tensor", "expert"), "embed": ("fsdp",)})
-    found = misfits("q", address("q", "vocab embed (pair half)", SPLIT), SPLIT, MeshRules(MESH, {**mesh.rules, "embed": ()}))
-    assert [(problem.fact, problem.remedy) for problem in found] == [
-        (
-            "q: dim 0 (vocab) is 100, which 8 shards along expert do not divide",
-            'set mesh.rules.vocab = "" or to a mesh axis that divides 100',
-        )
-    ]
-    found = misfits("q", address("q", "(pair half)", SPLIT), SPLIT, mesh)
-    assert [(problem.fact, problem.remedy) for problem in found] == [
-        (
-            "q: dim 0 (head_dim) is 16, which 128 shards along fsdp and data and tensor and expert do not divide",
-            'set mesh.rules.head_dim = "" or to a mesh axis that divides 16',
-        )
-    ]
-    assert misfits("w", address("w", "embed mlp", AXES), AXES, mesh) == []
+    (found,) = misfits(address("q", "vocab embed (pair half)", SPLIT), SPLIT, MeshRules(MESH, {**mesh.rules, "embed": ()}))
+    assert found == Misfit("vocab", 100, ("expert",))
+    assert found.problem({"q"}, mesh) == Problem(
+        "vocab is 100 in q, which 8 shards along expert do not divide",
+        'set mesh.axes.expert to a divisor of 100, or mesh.rules.vocab = ""',
+    )
+    (found,) = misfits(address("q", "(pair half)", SPLIT), SPLIT, mesh)
+    assert found.problem({"q.0", "q.1"}, mesh) == Problem(
+        "head_dim is 16 in 2 arrays, which 128 shards along fsdp and data and tensor and expert do not divide",
+        "set mesh.axes.fsdp and mesh.axes.data and mesh.axes.tensor and mesh.axes.expert to numbers whose product divides 16, "
+        'or mesh.rules.head_dim = ""',
+    )
+    assert misfits(address("w", "embed mlp", AXES), AXES, mesh) == []
+
+
+@pytest.mark.parametrize(
+    ("dims", "rules", "found"),
+    [
+        ("embed mlp", {"mlp": ("fsdp",), "embed": ("fsdp",)}, [("embed", "fsdp", "mlp")]),
+        ("embed mlp", {"embed": ("fsdp",), "mlp": ("tensor", "fsdp")}, [("mlp", "fsdp", "embed")]),
+        ("embed mlp", {"embed": ("fsdp",), "mlp": ("tensor",)}, []),
+        ("embed", {"mlp": ("fsdp",), "embed": ("fsdp",)}, []),
+        ("half pair", {"head_dim": ("tensor",)}, []),  # one rule, and two dims that answer to it
+    ],
+)
+def test_rules_that_yield_to_an_earlier_one(dims: str, rules: dict, found: list) -> None:
+    assert yielded(address("w", dims, SPLIT), SPLIT, MeshRules(MESH, rules)) == found
