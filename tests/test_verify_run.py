@@ -109,7 +109,7 @@ def test_the_command(config: Config) -> None:
     change(Path(config.output.path), "final_norm", wrong_norm)
     code, out, err = type_in("verify", path)
     assert code == ExitCode.CHECK
-    assert out.startswith("weights differ in 1 places: ")
+    assert out.startswith("weights differ in 1 place: ")
     assert err.startswith(f"error: {TITLE} (1 problem):\n  final_norm[3] is 77 (0x429a), and should be ")
     code, out, _ = type_in("verify", path, "--json")
     assert (code, json.loads(out)["equal"]) == (ExitCode.CHECK, False)

@@ -8,12 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hf_models import ONE_EACH, small
-from written import CHOICES, change, checked, make_model, plan_of, save_model, write
+from stored import save, save_index
+from written import CHOICES, CHUNK, change, checked, make_model, plan_of, save_model, write
 
-from shardconv.errors import CheckError, InputError
+from shardconv.errors import CheckError, InputError, RunError
 from shardconv.family import Family
 from shardconv.plan import Plan
+from shardconv.sharding import MeshRules
 from shardconv.sinks.spec import StoreOptions
+from shardconv.verify.pool import answers
+from shardconv.verify.tensors import Tensors
 from shardconv.verify.verdict import TITLE, raise_if_unequal, summary
 from shardconv.verify.weights import WHOLE_PER_WORKER
 
@@ -63,9 +67,12 @@ def test_biases_and_a_query_of_its_own_dtype(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("store", [StoreOptions(zarr=2), StoreOptions(ocdbt=False), StoreOptions(compression="zstd")], ids=str)
 def test_every_store(store: StoreOptions, tmp_path: Path) -> None:
     make_model(tmp_path / "source", "llama3_8b")
-    plan = plan_of(tmp_path / "source", CHOICES)
-    found = checked(plan, write(plan, tmp_path / "out", store), CHOICES)
-    assert (found.problems, found.checksums) == ((), len(plan.leaves))
+    plan = plan_of(tmp_path / "source", CHOICES, mesh=MeshRules({"fsdp": 4}, {"embed": ("fsdp",)}))
+    assert any(leaf.inner != leaf.chunk for leaf in plan.leaves)
+    folder = write(plan, tmp_path / "out", store)
+    for chunk in (CHUNK, 512):  # the plan is made again, perhaps with another budget: what was written says how
+        found = checked(plan_of(tmp_path / "source", CHOICES, chunk=chunk), folder, CHOICES)
+        assert (found.problems, found.checksums) == ((), len(plan.leaves))
 
 
 def test_tied_ends(tmp_path: Path) -> None:
@@ -220,7 +227,7 @@ def test_the_report_and_the_error(tmp_path: Path) -> None:
     assert line == f"weights equal: all {total(plan):,} elements of 12 leaves, 1.2 s"
     change(folder, "final_norm", lambda array: array.__setitem__(3, 2))
     bad = checked(plan, folder, CHOICES).to_json()
-    assert summary({**bad, "seconds": 1.25}) == f"weights differ in 1 places: all {total(plan):,} elements of 12 leaves, 1.2 s"
+    assert summary({**bad, "seconds": 1.25}) == f"weights differ in 1 place: all {total(plan):,} elements of 12 leaves, 1.2 s"
     with pytest.raises(CheckError) as caught:
         raise_if_unequal(bad)
     value = make_text(plan)
@@ -250,6 +257,32 @@ def test_no_checkpoint_and_a_source_that_is_cut_off(tmp_path: Path) -> None:
     victim.write_bytes(victim.read_bytes()[:-5])
     with pytest.raises(InputError, match="the source cannot be compared"):
         checked(plan, folder, CHOICES)
+
+
+def test_the_index_says_which_of_two_files_has_a_tensor_and_what_was_left_out(tmp_path: Path) -> None:
+    one, two = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((2, 3), np.float32)
+    save(tmp_path / "a.safetensors", {"w": one, "u": two}, {"v": "u", "format": "pt"})
+    save(tmp_path / "b.safetensors", {"w": two, "x": one})
+    files = ("a.safetensors", "b.safetensors")
+    for home, array in (("a.safetensors", one), ("b.safetensors", two)):
+        index = {"w": home, "u": "a.safetensors", "x": "b.safetensors"}
+        save_index(tmp_path / "model.safetensors.index.json", index, {"y": "x", "total_size": 48})
+        tensors = Tensors(str(tmp_path), files)
+        assert np.array_equal(tensors.rows("w", 0, 2), array)
+        assert np.array_equal(tensors.rows("v", 1, 2), two[1:])
+        assert np.array_equal(tensors.rows("y", 0, 1), one[:1])
+        assert "z" not in tensors and "format" not in tensors
+
+
+def test_a_worker_that_dies_is_an_error_of_the_run() -> None:
+    with pytest.raises(RunError, match=r"(?s)the check failed.*exited with code 3"):
+        list(answers("os:_exit", [3, 3, 3], 2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_goes_wrong_in_a_worker_comes_back(workers: int) -> None:
+    with pytest.raises(RunError, match="TypeError"):
+        list(answers("math:sqrt", ["a word", "another"], workers))
 
 
 def test_the_limit_of_a_whole_check_is_per_worker() -> None:

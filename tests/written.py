@@ -62,12 +62,13 @@ def plan_of(
     layout: Callable[[Layout], Layout] = lambda table: table,
     family: Callable[[Family], Family] = lambda table: table,
     chunk: int = CHUNK,
+    mesh: MeshRules = MeshRules({}, {}),  # noqa: B008  frozen
 ) -> Plan:
     """The plan of a conversion, with what a fault makes of the layout's or the family's table."""
     opened = open_source(source)
     model = bind(family(find(opened.config or {})), opened.config or {})
     table = LAYOUTS[choices.layout](model, LayoutOptions(choices.scan_layers, choices.rope, choices.vocab_size, choices.query_dtype))
-    return make_plan(opened, model, layout(table), PlanOptions(choices.dtype, MeshRules({}, {}), chunk, 64 << 20))
+    return make_plan(opened, model, layout(table), PlanOptions(choices.dtype, mesh, chunk, 64 << 20))
 
 
 def write(plan: Plan, out: Path, store: StoreOptions | None = None, believed: Plan | None = None) -> Path:

@@ -25,7 +25,7 @@ LEAN = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit
 
 @dataclass(frozen=True, slots=True)
 class StoredLeaf:
-    """An array of the checkpoint: `chunk` is the shape that one write filled."""
+    """An array of the checkpoint: `chunk` is the shape that one write filled, if the checkpoint says so, else that which is stored."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -52,6 +52,8 @@ class Stored:
         """What an array is."""
         array = self._array(name)
         chunk = array.chunk_layout.write_chunk.shape or ()
+        if said := ((self.custom.get("shardconv") or {}).get("chunks") or {}).get(name):
+            chunk = said
         return StoredLeaf(tuple(array.shape), array.dtype.name, tuple(size or 1 for size in chunk))
 
     def read(self, name: str, box: Box) -> Array:

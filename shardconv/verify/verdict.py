@@ -70,7 +70,8 @@ def summary(found: Mapping[str, Any]) -> str:
     else:
         seen = f"{found['elements']:,} elements of {found['leaves']} leaves in {found['boxes']:,} boxes (seed {found['seed']})"
     rounds = f", {found['leaves_rounded']} of them rounded once" if found["leaves_rounded"] else ""
-    result = f"weights differ in {len(found['problems'])} places" if found["problems"] else "weights equal"
+    places = len(found["problems"])
+    result = f"weights differ in {places} place{'s' if places > 1 else ''}" if places else "weights equal"
     base = "" if found["independent"] else "; NOT by an independent statement of this model"
     return f"{result}: {seen}{rounds}, {found['seconds']:.1f} s{base}"
 

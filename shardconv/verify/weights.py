@@ -146,17 +146,12 @@ class _Check:
             for start in range(0, len(some), TASK_BOXES):
                 yield Task(place, reference, some[start : start + TASK_BOXES], memory, None)
             return
-        chunk = self._chunk(reference.name, leaf)
+        chunk = leaf.chunk
         count = math.prod(grid_shape(leaf.shape, chunk))
         step = max(TASK_BYTES // max(math.prod(chunk) * numpy_dtype(leaf.dtype).itemsize, 1), 1)
         for start in range(0, count, step):
             some = tuple(chunk_box(leaf.shape, chunk, number) for number in range(start, min(start + step, count)))
             yield Task(place, reference, some, memory, start)
-
-    def _chunk(self, name: str, leaf: StoredLeaf) -> tuple[int, ...]:
-        """What one write filled, which checksums go by; zarr 2 stores smaller chunks, and the plan knows those of the writes."""
-        planned = {leaf.name: leaf for leaf in self.request.plan.leaves}.get(name)
-        return planned.chunk if planned is not None and planned.inner == leaf.chunk else leaf.chunk
 
     def _look(self, tasks: Sequence[Task]) -> dict[str, Sight]:
         sights: dict[str, Sight] = {}
