@@ -1,18 +1,21 @@
 """A conversion from a config to a report: plan, drive, show. What `shardconv run` does, as one function.
 
-The memory budget of a resumed run is that of the run that began it where the config says "auto": what is free now may differ, and the
-chunks of a plan must not.
+A run that goes on plans with the memory budget of the run that began it: what the budget is now may differ, and the chunks of a plan must
+not. Where the config says "auto" that is also the budget of this run; otherwise the chunks have to fit the present one (`preflight`).
 """
 
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
 from shardconv.checking import check_run, refuse_to_replace
 from shardconv.config import Config, RunOptions
-from shardconv.ledger import Ledger
+from shardconv.errors import ShardconvError
+from shardconv.ledger import Header, Ledger
 from shardconv.plan import Plan
 from shardconv.planning import plan_from_config, worker_budget
 from shardconv.progress import JsonLines, View, watching
@@ -36,16 +39,31 @@ def run(config: Config, options: RunOptions) -> Json:
         found.update(figures(outcome))
         return found
 
-    with watching(quiet=options.verbosity < 0, verbose=options.verbosity > 0, json_logs=options.json_logs) as view:
+    watched = watching(quiet=options.verbosity < 0, verbose=options.verbosity > 0, json_logs=options.json_logs)
+    with watched as view, _errors_as_events(view):
         stages = Stages(view.hear)
         stages.enter("plan")
-        config = _with_budget(config, restart=options.restart)
-        plan = plan_from_config(config, compare_ends=True)
+        previous = None if options.restart else Ledger(state_path(config.output.path)).header()
+        config = _with_budget(config, previous)
+        begun = config if previous is None else _budgeted(config, previous.budget)
+        plan = plan_from_config(begun, compare_ends=True)
         drive(request_of(config, options), plan, stages, view.hear, save, _check_of(config, plan))
-    _show(found, options, view)
-    if isinstance(verdict := found["check"], dict):
-        raise_if_unequal(verdict)
+    with _errors_as_events(view):
+        _show(found, options, view)
+        if isinstance(verdict := found["check"], dict):
+            raise_if_unequal(verdict)
     return found
+
+
+@contextmanager
+def _errors_as_events(view: View) -> Iterator[None]:
+    """An error of the user's is an event as well, for programs that read the log."""
+    try:
+        yield
+    except ShardconvError as error:
+        if isinstance(view, JsonLines):
+            view.write("error", {"code": int(error.exit_code), "message": str(error)})
+        raise
 
 
 def _check_of(config: Config, plan: Plan) -> Check | None:
@@ -70,12 +88,14 @@ def _show(found: Json, options: RunOptions, view: View) -> None:
         print_summary(found, Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True))
 
 
-def _with_budget(config: Config, *, restart: bool) -> Config:
+def _with_budget(config: Config, previous: Header | None) -> Config:
     """The config with the memory budget as a number."""
-    budget = worker_budget(config)
-    if config.workers.memory_budget == "auto" and not restart:
-        previous = Ledger(state_path(config.output.path)).header()
-        budget = previous.budget if previous is not None else budget
+    if config.workers.memory_budget == "auto" and previous is not None:
+        return _budgeted(config, previous.budget)
+    return _budgeted(config, worker_budget(config))
+
+
+def _budgeted(config: Config, budget: int) -> Config:
     workers = config.workers.model_copy(update={"memory_budget": budget})
     return config.model_copy(update={"workers": workers})
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
-from shardconv.errors import InputError, Problem
+from shardconv.errors import ConfigError, InputError, Problem
 
 SCHEMA = 1
 SHOWN = 12  # lines of a list of differences; the rest is counted
@@ -80,11 +80,12 @@ class Header:
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as it was when the output was begun."""
+    """One thing that is not as it was when the output was begun: of the source, or of what the user or shardconv makes of it."""
 
     what: str
     before: str
     now: str
+    of_source: bool = False
 
     def __str__(self) -> str:
         return f"{self.what} was {self.before}, is {self.now}"
@@ -112,14 +113,14 @@ def _settings_differences(previous: Mapping[str, object], present: Mapping[str, 
 def _file_differences(name: str, old: SourceMark | None, new: SourceMark | None, in_place: bool) -> list[Difference]:
     what = f"source file {name}"
     if old is None or new is None:
-        return [Difference(what, "absent" if old is None else "present", "absent" if new is None else "present")]
+        return [Difference(what, "absent" if old is None else "present", "absent" if new is None else "present", True)]
     if old.size != new.size:
-        return [Difference(what, f"{old.size:,} bytes", f"{new.size:,} bytes")]
+        return [Difference(what, f"{old.size:,} bytes", f"{new.size:,} bytes", True)]
     if old.header_digest != new.header_digest:
-        return [Difference(what, f"header {old.header_digest[:12]}", f"header {new.header_digest[:12]}")]
+        return [Difference(what, f"header {old.header_digest[:12]}", f"header {new.header_digest[:12]}", True)]
     # A copy elsewhere has times of its own; a file rewritten where it was may hold other weights behind an equal header.
     if in_place and old.mtime_ns != new.mtime_ns:
-        return [Difference(what, f"modified {_moment(old.mtime_ns)}", f"modified {_moment(new.mtime_ns)}")]
+        return [Difference(what, f"modified {_moment(old.mtime_ns)}", f"modified {_moment(new.mtime_ns)}", True)]
     return []
 
 
@@ -127,14 +128,16 @@ def _moment(mtime_ns: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(mtime_ns // 10**9)) + f".{mtime_ns % 10**9:09d} UTC"
 
 
-def refusal(output: str, found: Sequence[Difference], finished: int, total: int) -> InputError:
-    """The report that refuses to continue an output begun with another config or source."""
+def refusal(output: str, found: Sequence[Difference], finished: int) -> ConfigError | InputError:
+    """The report that refuses to continue an output begun with another config, or InputError where only the source is another."""
     problems = [Problem(str(difference)) for difference in found[:SHOWN]]
     if len(found) > SHOWN:
         problems.append(Problem(f"and {len(found) - SHOWN} more"))
     last = problems.pop()
-    remedy = f"go back to what it was, or use --restart to discard {finished} of {total} finished units"
-    return InputError(f"{output} was begun with another config or source", [*problems, Problem(last.fact, remedy)])
+    units = f"{finished} finished unit{'' if finished == 1 else 's'}"
+    remedy = f"go back to what it was, or use --restart to discard the {units}"
+    kind = InputError if all(difference.of_source for difference in found) else ConfigError
+    return kind(f"{output} was begun with another config or source", [*problems, Problem(last.fact, remedy)])
 
 
 # ---------------------------------------------------------------------------------------------------------------- ledger

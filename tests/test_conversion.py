@@ -8,12 +8,13 @@ import pytest
 from conversions import make_config, make_source
 
 from shardconv.config import Config, RunOptions
-from shardconv.conversion import run
+from shardconv.conversion import request_of, run
 from shardconv.errors import ConfigError, RunError
 from shardconv.ledger import Ledger
-from shardconv.planning import worker_budget
+from shardconv.planning import plan_from_config, worker_budget
 from shardconv.run import python_path
 from shardconv.run.job import state_path
+from shardconv.run.preflight import prepare
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,39 @@ def test_a_resumed_run_keeps_the_budget_that_the_first_one_chose(tmp_path: Path,
     data["header"]["budget"] = 10_000_000  # as if another machine had begun it
     job.write_text(json.dumps(data))
     assert run(config, options())["memory_budget_bytes"] == 10_000_000
+
+
+def test_a_run_with_more_memory_goes_on_with_the_chunks_of_less(tmp_path: Path, source: Path) -> None:
+    less = make_config(tmp_path, source, "workers.memory_budget=300KiB")
+    begin(less)
+    more = make_config(tmp_path, source, "workers.memory_budget=64MiB")
+    assert plan_from_config(more).digest() != (digest := plan_from_config(less).digest())
+    assert run(more, options())["memory_budget_bytes"] == 64 << 20
+    metadata = json.loads((tmp_path / "out" / "_METADATA").read_text())
+    assert metadata["custom_metadata"]["shardconv"]["plan"] == digest
+
+
+def test_a_run_with_less_memory_goes_on_where_the_chunks_fit_it(tmp_path: Path, source: Path) -> None:
+    job = begin(make_config(tmp_path, source))
+    with pytest.raises(ConfigError) as caught:
+        run(make_config(tmp_path, source, "workers.memory_budget=300KiB"), options())
+    assert str(caught.value) == (
+        f"{tmp_path}/out was begun with another config or source (1 problem):\n"
+        '  workers.memory_budget was "64MiB", is "300KiB"\n'
+        "      go back to what it was, or use --restart to discard the 0 finished units"
+    )
+    less = make_config(tmp_path, source, "workers.memory_budget=500KiB")  # exactly what the largest chunk takes
+    prepare(request_of(less, options()), plan_from_config(make_config(tmp_path, source)), Ledger(state_path(less.output.path)))
+    assert json.loads(job.read_text())["header"]["budget"] == 64 << 20  # so that the next run makes the same chunks
+    assert run(less, options())["memory_budget_bytes"] == 500 << 10
+
+
+def test_an_error_is_an_event_too(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ConfigError) as caught:
+        run(make_config(tmp_path, source), options(json_logs=True))
+    last = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (last["event"], last["code"], last["message"]) == ("error", 2, str(caught.value))
 
 
 def begin(config: Config) -> Path:

@@ -174,13 +174,12 @@ def test_a_changed_config_is_refused_with_what_changed(conversion: Conversion, t
     total = len(conversion.plan.units)
     conversion.config = make_config(tmp_path, source, "target.dtype=float32")
     conversion.plan = plan_finely(conversion.config)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(ConfigError) as caught:
         conversion.drive()
-    assert caught.value.exit_code == 3
     assert str(caught.value) == (
         f"{conversion.out} was begun with another config or source (1 problem):\n"
         '  target.dtype was "source", is "float32"\n'
-        f"      go back to what it was, or use --restart to discard 2 of {total} finished units"
+        "      go back to what it was, or use --restart to discard the 2 finished units"
     )
     assert len(conversion.ledger.finished()) == 2
     conversion.drive(restart=True)
@@ -365,13 +364,40 @@ def test_too_little_room_is_refused_before_the_first_byte(conversion: Conversion
 def test_a_place_that_cannot_be_written_is_refused(conversion: Conversion, tmp_path: Path, source: Path) -> None:
     (tmp_path / "file").write_text("")
     conversion.config = make_config(tmp_path, source, f'output.path="{tmp_path}/file/out"')
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(ConfigError) as caught:
+        conversion.drive()
+    assert str(caught.value) == (
+        f"the output cannot be created (1 problem):\n  {tmp_path}/file is not a directory\n      choose another output.path"
+    )
+
+
+def test_a_step_of_a_file_is_refused_and_nothing_is_left(conversion: Conversion, tmp_path: Path, source: Path) -> None:
+    conversion.out.write_text("a file")
+    conversion.config = make_config(tmp_path, source, "output.step=3")
+    with pytest.raises(ConfigError, match=rf"{conversion.out} is not a directory"):
+        conversion.drive()
+    assert sorted(os.listdir(tmp_path)) == ["config.toml", "out"]
+
+
+def test_a_place_where_nothing_can_be_created_is_the_configs_fault(conversion: Conversion, tmp_path: Path, source: Path) -> None:
+    conversion.config = make_config(tmp_path, source, 'output.path="/proc/nowhere"')
+    with pytest.raises(ConfigError) as caught:
         conversion.drive()
     assert str(caught.value) == (
         "cannot write beside the output (1 problem):\n"
-        f"  {tmp_path}/file/out.shardconv: Not a directory\n"
+        "  /proc/nowhere.shardconv: No such file or directory\n"
         "      choose an output.path that you may write to"
     )
+
+
+def test_a_stage_that_cannot_be_created_leaves_nothing_begun(conversion: Conversion, tmp_path: Path, source: Path) -> None:
+    conversion.out.symlink_to("/proc")
+    conversion.config = make_config(tmp_path, source, "output.step=999999999")
+    with pytest.raises(ConfigError) as caught:
+        conversion.drive()
+    assert caught.value.title == "the output cannot be created"
+    assert caught.value.problems[0].fact == f"{conversion.out}/999999999.orbax-checkpoint-tmp: No such file or directory"
+    assert not os.path.exists(conversion.ledger.state)
 
 
 def test_what_is_lost_before_the_commit_is_found_and_nothing_is_published(conversion: Conversion) -> None:

@@ -166,17 +166,27 @@ def test_another_plan_from_the_same_settings_names_the_version_if_that_changed()
 
 def test_the_refusal_says_what_changed_and_what_is_at_stake() -> None:
     now = replace(HEADER, settings={**HEADER.settings, "target.dtype": "float32"})
-    report = refusal("/out", differences(HEADER, now), finished=37, total=64)
-    assert report.exit_code == 3
+    report = refusal("/out", differences(HEADER, now), finished=37)
+    assert report.exit_code == 2
     assert str(report) == (
         "/out was begun with another config or source (1 problem):\n"
         '  target.dtype was "bfloat16", is "float32"\n'
-        "      go back to what it was, or use --restart to discard 37 of 64 finished units"
+        "      go back to what it was, or use --restart to discard the 37 finished units"
     )
+    assert report.problems[0].remedy.replace("37 finished units", "1 finished unit") == (
+        refusal("/out", differences(HEADER, now), finished=1).problems[0].remedy
+    )
+
+
+def test_another_source_is_the_inputs_fault_and_another_config_the_configs() -> None:
+    files = replace(HEADER, files={"a.safetensors": MARK})
+    both = replace(files, settings={**HEADER.settings, "target.dtype": "float32"})
+    codes = [refusal("/out", differences(HEADER, now), finished=0).exit_code for now in (files, both, replace(HEADER, digest="d2"))]
+    assert codes == [3, 2, 2]
 
 
 def test_a_long_list_of_differences_is_cut() -> None:
     files = {f"{n:02}.safetensors": MARK for n in range(40)}
-    report = refusal("/out", differences(replace(HEADER, files={}), replace(HEADER, files=files)), finished=1, total=2)
+    report = refusal("/out", differences(replace(HEADER, files={}), replace(HEADER, files=files)), finished=1)
     assert len(report.problems) == 13
     assert str(report).splitlines()[-2] == "  and 28 more"

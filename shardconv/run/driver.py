@@ -27,7 +27,7 @@ from types import FrameType
 from typing import cast
 
 from shardconv.budget import this_machine
-from shardconv.errors import Problem, RunError
+from shardconv.errors import ConfigError, Problem, RunError
 from shardconv.ledger import Ledger
 from shardconv.lock import Lock
 from shardconv.plan import Plan
@@ -137,7 +137,8 @@ def _created(ledger: Ledger) -> Iterator[None]:
         ledger.create()
     except OSError as error:
         fact = f"{error.filename}: {error.strerror}"
-        raise RunError("cannot write beside the output", [Problem(fact, "choose an output.path that you may write to")]) from error
+        kind = ConfigError if ledger.header_is_absent() else RunError  # the config's fault, or a disk that was there before
+        raise kind("cannot write beside the output", [Problem(fact, "choose an output.path that you may write to")]) from error
     try:
         yield
     finally:

@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import shardconv
+from shardconv.budget import format_size
 from shardconv.errors import ConfigError, Problem, RunError
-from shardconv.ledger import Header, Ledger, SourceMark, differences, refusal
+from shardconv.ledger import Difference, Header, Ledger, SourceMark, differences, refusal
 from shardconv.plan import Plan
 from shardconv.run.job import Job, Place, load_job
 from shardconv.sinks.chunk_writer import sweep
@@ -63,18 +64,19 @@ class Prepared:
 def prepare(request: Request, plan: Plan, ledger: Ledger) -> Prepared:
     """Begin a conversion, or find where to go on.
 
-    Raises ConfigError for a checkpoint or a stage in the way, InputError for a state of another config or
-    source, RunError where there is no room.
+    Raises ConfigError for a checkpoint or a stage in the way and for a state of another config, InputError for one of another source,
+    RunError where there is no room.
     """
     if request.restart:
         _discard(request, ledger)
     present = header_of(request, plan)
     previous = ledger.header()
     if previous is not None:
-        found, finished = differences(previous, present), ledger.finished()
+        found, finished = differences(previous, present) or _misfit(previous, request, plan), ledger.finished()
         if found:
-            raise refusal(request.output, found, len(finished), len(plan.units))
-        return _go_on(request, plan, ledger, finished, present)
+            raise refusal(request.output, found, len(finished))
+        # The budget of the first run made the chunks, and makes them again next time.
+        return _go_on(request, plan, ledger, finished, replace(present, budget=previous.budget))
     refuse_existing(request)
     place = Place(request.output, request.step, request.item, aside=is_occupied(checkpoint_path(request.output, request.step)))
     if os.path.lexists(place.committed + STAGE_SUFFIX):
@@ -82,7 +84,19 @@ def prepare(request: Request, plan: Plan, ledger: Ledger) -> Prepared:
         raise ConfigError("the output is being written by something else", [Problem(fact, "--restart removes it and starts afresh")])
     _require_room(request, plan, {})
     ledger.discard()
-    return _begin(request, plan, ledger, place, {}, present)
+    try:
+        return _begin(request, plan, ledger, place, {}, present)
+    except ConfigError:
+        ledger.discard()  # nothing is begun where nothing can be written
+        raise
+
+
+def _misfit(previous: Header, request: Request, plan: Plan) -> tuple[Difference, ...]:
+    """The memory budget, where the chunks that another one made do not fit it."""
+    if plan.peak_bytes <= request.budget or previous.budget == request.budget:
+        return ()
+    before, now = (f'"{format_size(budget)}"' for budget in (previous.budget, request.budget))
+    return (Difference("workers.memory_budget", before, now),)
 
 
 def header_of(request: Request, plan: Plan) -> Header:
@@ -98,8 +112,13 @@ def is_occupied(path: str) -> bool:
 
 
 def refuse_existing(request: Request) -> None:
-    """Raise ConfigError where the output is there and may not be replaced."""
+    """Raise ConfigError where the output is there and may not be replaced, or a file stands where a directory above it must be."""
     path = checkpoint_path(request.output, request.step)
+    above = os.path.dirname(path)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise ConfigError("the output cannot be created", [Problem(f"{above} is not a directory", "choose another output.path")])
     if not is_occupied(path):
         return
     if not request.overwrite:

@@ -60,14 +60,18 @@ def refuse_finished(out: str, step: int | None) -> None:
 
 
 def create_stage(out: str, step: int | None, item: str | None) -> str:
-    """Create the stage, durably, if it is not there; its path."""
+    """Create the stage, durably, if it is not there; its path. Raises ConfigError where that is not possible."""
     stage = stage_path(out, step, item)
     missing = []
     path = stage
     while not os.path.isdir(path):
         missing.append(path)
         path = os.path.dirname(path)
-    for path in reversed(missing):
-        os.makedirs(path, exist_ok=True)
-        sync_directory(os.path.dirname(path))
+    try:
+        for path in reversed(missing):
+            os.makedirs(path, exist_ok=True)
+            sync_directory(os.path.dirname(path))
+    except OSError as error:
+        fact = f"{path}: {error.strerror}"
+        raise ConfigError("the output cannot be created", [Problem(fact, "choose an output.path that you may write to")]) from error
     return stage
