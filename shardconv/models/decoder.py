@@ -52,17 +52,21 @@ def logits(weights: Weights, tokens: jax.Array) -> jax.Array:
 
 
 def states(weights: Weights, tokens: jax.Array) -> Iterator[tuple[str, jax.Array]]:
-    """What the model holds after each step, by name: "embed", "block 0", "block 1", ..., "logits"."""
+    """What the model holds after each step, by name: "embed", "block 0", "block 1", ..., "logits".
+
+    Each step is waited for. Several programs in flight over more virtual CPU devices than there are cores take one another's threads and
+    wait for each other for ever (seen with 8 devices on 2 cores); and it keeps one block's arrays in memory, not as many as are dispatched.
+    """
     reading = weights.reading
     decoder = reading.decoder
     ends = weights.arrays(reading.ends)
-    x = embedded(decoder, ends, tokens)
+    x = jax.block_until_ready(embedded(decoder, ends, tokens))
     yield "embed", x
     for layer, (window, places) in enumerate(zip(decoder.windows, reading.blocks, strict=True)):
         arrays = {role: array.astype(jnp.float32) for role, array in weights.arrays(places).items()}
-        x = block(decoder, window, arrays, x)
+        x = jax.block_until_ready(block(decoder, window, arrays, x))
         yield f"block {layer}", x
-    yield "logits", head(decoder, ends, x)
+    yield "logits", jax.block_until_ready(head(decoder, ends, x))
 
 
 @partial(jax.jit, static_argnames="decoder")

@@ -1,18 +1,20 @@
 """The verdict about logits, from the noise that the reference itself has.
 
-The reference also runs with its sums in another order and, where the plan rounds values, with its weights rounded alike; what it differs
-by from itself is the *floor*. The two sides are called the same where, over all judged positions,
+Where the plan rounds values, the reference's weights are rounded alike first: what is left must be noise, however coarse the dtype. Then
+the reference also runs with its sums in another order; what it differs by from itself is the *floor*. The two sides are called the same
+where, over all judged positions,
 
     largest difference <= FACTOR x floor        mean difference <= FACTOR x floor        largest KL <= FACTOR squared x floor
 
-since KL grows with the square of a difference. Bounds can be set outright instead. bfloat16 compute is measured too, for comparison.
+since KL grows with the square of a difference. Bounds can be set outright instead. What rounding changes, and bfloat16 compute would, is
+reported beside it.
 
 Experts make logits jump: where a router scores two experts alike, noise decides. From the first such position of a sequence on its
 positions are not judged. If that leaves less than JUDGED of all, all are, by means alone, since the floor jumps as often.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +37,7 @@ UNDECIDED = 30.0
 # The share of positions that must be left to judge them by their largest difference.
 JUDGED = 0.25
 
+
 @dataclass(frozen=True)
 class Bounds:
     """What the differences may be; None is what the floor allows."""
@@ -47,13 +50,16 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Measured:
-    """A sequence's reference logits, and the gaps to them of the reference's other runs. `decided` is per position."""
+    """A sequence's logits by the reference, and by the reference rounded as the plan rounds, which are the same if it does not.
+
+    `reordered` are gaps to the latter, `bfloat16` is one to the former; `decided` is per position.
+    """
 
     tokens: Tokens
     logits: Logits
+    rounded: Logits
     reordered: tuple[Gap, ...]
     bfloat16: Gap
-    rounded: Gap | None
     decided: npt.NDArray[np.bool_]
 
 
@@ -70,16 +76,18 @@ class Worst:
 
 @dataclass(frozen=True)
 class LogitReport:
-    """The comparison. `jax` is the checkpoint's difference to the reference; the others are the reference's to itself.
+    """The comparison. `jax` is the checkpoint's difference to the reference, `judged` that to the reference rounded as the plan rounds.
 
+    `rounded` is what rounding changes, `reordered` the noise, `bfloat16` what compute in bfloat16 would change. `worst` is of `judged`.
     `reasons` says in words why the sides are not the same; nothing if they are.
     """
 
     lengths: tuple[int, ...]
     jax: Difference
+    judged: Difference
     reordered: Difference
+    rounded: Difference
     bfloat16: Difference
-    rounded: Difference | None
     bounds: Bounds
     perplexity: float
     reference_perplexity: float
@@ -96,15 +104,17 @@ class LogitReport:
 def measure(reference: Reference, tokens: Tokens, roundings: Mapping[str, Rounding]) -> Measured:
     """All that the reference says about one sequence, with `roundings` of tensors that the plan rounds."""
     plain = reference.run(tokens)
-    orders = [reference.reordered(tokens, seed) for seed in range(ORDERS)]
-    rounded = [reference.rounded(tokens, roundings)] if roundings else []
+    half = reference.in_bfloat16(tokens)
+    with reference.rounded(roundings):
+        rounded = reference.run(tokens) if roundings else plain
+        orders = [reference.reordered(tokens, seed) for seed in range(ORDERS)]
     return Measured(
         tokens=tokens,
         logits=plain.logits,
-        reordered=tuple(gap(other.logits, plain.logits) for other in orders),
-        bfloat16=gap(reference.in_bfloat16(tokens).logits, plain.logits),
-        rounded=gap(rounded[0].logits, plain.logits) if rounded else None,
-        decided=_decided(plain, [*orders, *rounded], reference.chosen),
+        rounded=rounded.logits,
+        reordered=tuple(gap(other.logits, rounded.logits) for other in orders),
+        bfloat16=gap(half.logits, plain.logits),
+        decided=_decided(rounded, orders, reference.chosen),
     )
 
 
@@ -120,71 +130,74 @@ def _decided(plain: Run, others: Sequence[Run], chosen: int) -> npt.NDArray[np.b
     return np.logical_and.accumulate(certain)
 
 
-@dataclass
-class _Tally:
-    """What has been seen of the sequences so far."""
+@dataclass(frozen=True)
+class _Seen:
+    """What is kept of a sequence: numbers per position."""
 
-    jax: list[Gap] = field(default_factory=list)
-    surprises: list[npt.NDArray[np.float64]] = field(default_factory=list)
-    reference_surprises: list[npt.NDArray[np.float64]] = field(default_factory=list)
-    largest: float = 0.0
-    worst: Worst | None = None
+    jax: Gap
+    judged: Gap
+    reordered: tuple[Gap, ...]
+    rounded: Gap
+    bfloat16: Gap
+    decided: npt.NDArray[np.bool_]
+    surprise: npt.NDArray[np.float64]
+    reference_surprise: npt.NDArray[np.float64]
+    largest: float
+    worst: Worst
 
-    def add(self, sequence: int, found: Logits, measured: Measured) -> None:
-        """Counts a sequence in."""
-        self.jax.append(gap(found, measured.logits))
-        self.surprises.append(surprise(found, measured.tokens))
-        self.reference_surprises.append(surprise(measured.logits, measured.tokens))
-        self.largest = max(self.largest, float(np.abs(measured.logits).max()))
-        difference = np.nan_to_num(np.abs(found - measured.logits), nan=np.inf)
-        position, token = (int(place) for place in np.unravel_index(difference.argmax(), difference.shape))
-        here = Worst(sequence, position, token, float(found[position, token]), float(measured.logits[position, token]))
-        if self.worst is None or not abs(here.found - here.reference) <= abs(self.worst.found - self.worst.reference):
-            self.worst = here
+
+def _seen(sequence: int, found: Logits, measured: Measured) -> _Seen:
+    judged = gap(found, measured.rounded)
+    difference = np.nan_to_num(np.abs(found - measured.rounded), nan=np.inf)
+    position, token = (int(place) for place in np.unravel_index(difference.argmax(), difference.shape))
+    return _Seen(
+        jax=gap(found, measured.logits),
+        judged=judged,
+        reordered=measured.reordered,
+        rounded=gap(measured.rounded, measured.logits),
+        bfloat16=measured.bfloat16,
+        decided=measured.decided,
+        surprise=surprise(found, measured.tokens),
+        reference_surprise=surprise(measured.logits, measured.tokens),
+        largest=float(np.abs(measured.logits).max()),
+        worst=Worst(sequence, position, token, float(found[position, token]), float(measured.rounded[position, token])),
+    )
 
 
 def compare(measured: Iterable[Measured], forward: Callable[[Tokens], Logits], bounds: Bounds) -> LogitReport:
     """The report about a forward, whose logits may have more columns than the vocabulary: rows that pad it."""
-    tally, kept = _Tally(), []
+    seen = []
     for number, sequence in enumerate(measured):
-        found = forward(sequence.tokens)
-        if found.shape[-1] < sequence.logits.shape[-1]:
-            fact = f"{found.shape[-1]} logits a token, and the PyTorch model has {sequence.logits.shape[-1]}"
+        found, columns = forward(sequence.tokens), sequence.logits.shape[-1]
+        if found.shape[-1] < columns:
+            fact = f"{found.shape[-1]} logits a token, and the PyTorch model has {columns}"
             raise CheckError("the checkpoint has too small a vocabulary", [Problem(fact)])
-        tally.add(number, found[:, : sequence.logits.shape[-1]], sequence)
-        kept.append(_without_logits(sequence))
-    if tally.worst is None:
+        seen.append(_seen(number, found[:, :columns], sequence))
+    if not seen:
         raise ConfigError("comparing logits needs sequences", [Problem("there are none")])
-    return _report(tally, kept, bounds)
+    return _report(seen, bounds)
 
 
-def _without_logits(measured: Measured) -> Measured:
-    return Measured(measured.tokens, measured.logits[:0], measured.reordered, measured.bfloat16, measured.rounded, measured.decided)
-
-
-def _report(tally: _Tally, kept: Sequence[Measured], bounds: Bounds) -> LogitReport:
-    assert tally.worst is not None
-    decided = np.concatenate([measured.decided for measured in kept])
-    by_means = decided.mean() < JUDGED
-    judged = np.ones_like(decided) if by_means else decided
-    rounded = [measured.rounded for measured in kept if measured.rounded is not None]
-    orders = [in_sum(join([measured.reordered[order] for measured in kept]), judged) for order in range(ORDERS)]
-    reordered = max(orders, key=lambda difference: difference.max_abs)
-    ours = in_sum(join(tally.jax), judged)
-    rounds = in_sum(join(rounded), judged) if rounded else None
-    allowed = _allowed([*orders, *([rounds] if rounds else [])], bounds, tally.largest)
+def _report(seen: Sequence[_Seen], bounds: Bounds) -> LogitReport:
+    decided = np.concatenate([one.decided for one in seen])
+    by_means = bool(decided.mean() < JUDGED)
+    kept = np.ones_like(decided) if by_means else decided
+    orders = [in_sum(join([one.reordered[order] for one in seen]), kept) for order in range(ORDERS)]
+    judged = in_sum(join([one.judged for one in seen]), kept)
+    allowed = _allowed(orders, bounds, max(one.largest for one in seen))
     return LogitReport(
-        lengths=tuple(len(measured.tokens) for measured in kept),
-        jax=ours,
-        reordered=reordered,
-        bfloat16=in_sum(join([measured.bfloat16 for measured in kept]), judged),
-        rounded=rounds,
+        lengths=tuple(len(one.decided) for one in seen),
+        jax=in_sum(join([one.jax for one in seen]), kept),
+        judged=judged,
+        reordered=max(orders, key=lambda difference: difference.max_abs),
+        rounded=in_sum(join([one.rounded for one in seen]), kept),
+        bfloat16=in_sum(join([one.bfloat16 for one in seen]), kept),
         bounds=allowed,
-        perplexity=float(np.exp(np.concatenate(tally.surprises).mean())),
-        reference_perplexity=float(np.exp(np.concatenate(tally.reference_surprises).mean())),
-        worst=tally.worst,
-        unjudged=int((~judged).sum()),
-        reasons=tuple(_reasons(ours, allowed, by_means=bool(by_means))),
+        perplexity=float(np.exp(np.concatenate([one.surprise for one in seen]).mean())),
+        reference_perplexity=float(np.exp(np.concatenate([one.reference_surprise for one in seen]).mean())),
+        worst=max((one.worst for one in seen), key=lambda worst: np.nan_to_num(abs(worst.found - worst.reference), nan=np.inf)),
+        unjudged=int((~kept).sum()),
+        reasons=tuple(_reasons(judged, allowed, by_means=by_means)),
     )
 
 

@@ -2,7 +2,8 @@
 
 The same model gives other logits when sums are taken in another order, and no conversion can be told from that. So the noise is
 measured: `reordered` runs every contraction of a forward over permuted dims and moves the rotary frequencies by a unit in the last place,
-which is what two float32 implementations of the same formulas may differ by. So are `rounded` weights and bfloat16 compute.
+which is what two float32 implementations of the same formulas may differ by. Where the plan rounds values, weights can be `rounded` alike:
+that is no noise, but what the user asked for.
 
 A weight that the files lack would be made up by transformers, and the comparison worthless: it is an error here.
 """
@@ -87,10 +88,9 @@ class Reference:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return self.run(tokens)
 
-    def rounded(self, tokens: Tokens, roundings: Mapping[str, Rounding]) -> Run:
-        """With weights rounded, by the source's names of tensors."""
-        with _rounded(self.model, roundings):
-            return self.run(tokens)
+    def rounded(self, roundings: Mapping[str, Rounding]) -> contextlib.AbstractContextManager[None]:
+        """While this is entered, weights are rounded, by the source's names of tensors."""
+        return _rounded(self.model, roundings)
 
 
 def load_reference(path: str) -> Reference:
@@ -207,8 +207,8 @@ def _rounded(model: Any, roundings: Mapping[str, Rounding]) -> Iterator[None]:
 
 
 def _round(weight: Any, rounding: Any) -> Any:
-    """A weight as it reads back: scaled, shifted, rounded, and all but the rounding undone, in float64."""
+    """A weight as it reads back: scaled and shifted in float32, rounded, and all but the rounding undone, in float64."""
     import torch
 
-    stored = (weight.double() * rounding.scale + rounding.shift).to(getattr(torch, rounding.dtype))
+    stored = (weight * rounding.scale + rounding.shift).to(getattr(torch, rounding.dtype))
     return (stored.double() - rounding.shift) / rounding.scale

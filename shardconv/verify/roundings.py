@@ -1,4 +1,7 @@
-"""What a plan says of how values are rounded, for the floor of the logits: nothing that is compared comes from here."""
+"""What a plan says of how values are rounded, so that the logits' reference can be rounded alike.
+
+Only the rounding is taken over: the reference undoes the scale and the shift, so a wrong one is a difference as before.
+"""
 
 from shardconv.plan import Plan
 from shardconv.verify.reference import Rounding
