@@ -10,7 +10,7 @@ from typing import Any
 
 from shardconv.budget import this_machine
 from shardconv.config import Config
-from shardconv.errors import CheckError, Problem
+from shardconv.errors import CheckError, ConfigError, Problem
 from shardconv.plan import Plan
 from shardconv.planning import plan_from_config, worker_budget
 from shardconv.sinks.paths import final_path
@@ -25,11 +25,15 @@ Json = dict[str, Any]
 def verify(config: Config) -> Json:
     """Compare a checkpoint that is there with its source; the verdict as data.
 
-    Raises InputError where the source cannot be read, CheckError where the checkpoint cannot.
+    Raises ConfigError where there is no checkpoint, InputError where the source cannot be read, CheckError where the checkpoint cannot.
     """
     output = config.output
+    folder = final_path(output.path, output.step, output.item)
+    if not os.path.exists(folder):
+        remedy = "run `shardconv run CONFIG` first, or correct output.path, output.step and output.item"
+        raise ConfigError("there is nothing to verify", [Problem(f"there is no checkpoint at {folder}", remedy)])
     plan = plan_from_config(config, compare_ends=True)
-    return checked(request_of(config, plan, final_path(output.path, output.step, output.item)))
+    return checked(request_of(config, plan, folder))
 
 
 def checked(request: Request) -> Json:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -62,14 +62,29 @@ def _said(flags: Mapping[str, str | None]) -> list[str]:
     return [f"{key}={value if key in numbers else json.dumps(value)}" for key, value in flags.items() if value is not None]
 
 
+class _Output(Console):
+    """Stdout; who reads only the first lines of it (`| head`) has what he wants."""
+
+    def on_broken_pipe(self) -> None:
+        _leave_closed_pipe()
+
+
+def _leave_closed_pipe() -> NoReturn:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+    raise typer.Exit
+
+
 def _console() -> Console:
     """Stdout for tables: without markup, because names and shapes have square brackets, and wide where no terminal sets the width."""
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
-    return Console(markup=False, highlight=False, width=wide)
+    return _Output(markup=False, highlight=False, width=wide)
 
 
 def _echo_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2))
+    try:
+        typer.echo(json.dumps(value, indent=2))
+    except BrokenPipeError:
+        _leave_closed_pipe()
 
 
 @app.command()
@@ -214,7 +229,10 @@ def synth(
         most = parse_size(shard_size)
     except ValueError as error:
         raise ConfigError("cannot write the checkpoint", [Problem(f'--shard-size "{shard_size}"', f"expected {error}")]) from None
-    synthesise(hf_config, out, sparse=sparse, seed=seed, dtype=dtype, shard_bytes=most)
+    files, size = synthesise(hf_config, out, sparse=sparse, seed=seed, dtype=dtype, shard_bytes=most)
+    from shardconv.progress import amount
+
+    typer.echo(f"wrote {out}: {amount(size)} in {files} file{'' if files == 1 else 's'}")
 
 
 @app.command()

@@ -15,6 +15,8 @@ from shardconv.family import Family, Model, Param
 from shardconv.formats import StoredTensor
 
 TIED = "unembed"
+# So many layers that no model needs are not told as rules to ignore them: it is the wrong config.json.
+FEW = 4
 ANOTHER = "use the config.json that belongs to this checkpoint"
 
 
@@ -53,7 +55,9 @@ def require_covered(
     for key in stored:
         if key not in expected:
             rest.setdefault(_rule(key, (*model.family.ignore, *ignored)), []).append(key)
-    problems += _unmapped(rest.pop(""), model)
+    unmapped = rest.pop("")
+    beyond = _beyond(unmapped, model)
+    problems = [*_more_layers(beyond, model), *problems, *_unmapped((key for key in unmapped if key not in beyond), model)]
     if problems:
         raise InputError(f"the {model.family.name} family does not describe this checkpoint", problems)
     return tuple(f"{_counted(rule, keys)} ignored" for rule, keys in rest.items())
@@ -100,6 +104,32 @@ def _rule(key: str, rules: Iterable[str]) -> str:
 def _pattern(rule: str) -> re.Pattern[str]:
     wild = {"*": ".*", "{}": "[0-9]+"}
     return re.compile("".join(wild.get(text) or re.escape(text) for text in re.split(r"(\*|\{\})", rule)))
+
+
+def _beyond(keys: Iterable[str], model: Model) -> dict[str, int]:
+    """The keys of layers that config.json does not have, with the number of the layer."""
+    starts = {param.key.partition("{layers}")[0] for param in model.family.params if "{layers}" in param.key}
+    found = {}
+    for key in keys:
+        for start in starts:
+            number = key.removeprefix(start).partition(".")[0]
+            if key.startswith(start) and number.isdecimal() and int(number) >= model.axes["layers"]:
+                found[key] = int(number)
+    return found
+
+
+def _more_layers(beyond: Mapping[str, int], model: Model) -> Iterator[Problem]:
+    """All of them in one problem: one number in config.json is wrong, or these layers are not the model's."""
+    if not beyond:
+        return
+    entry, has, layers = model.family.axes["layers"], max(beyond.values()) + 1, sorted(set(beyond.values()))
+    name, first = entry if isinstance(entry, str) else "layers", next(iter(beyond))
+    many = f"{len(beyond)} tensors are" if len(beyond) > 1 else "1 tensor is"
+    fact = f"config.json has {name} = {model.axes['layers']}, which does not fit the {has} layers in the checkpoint: {many} beyond"
+    prefix = first.partition(f".{beyond[first]}.")[0]
+    rules = ", ".join(f'"{prefix}.{layer}.*"' for layer in layers)
+    needless = f"; if the model does not need them, add {rules} to model.ignore" if len(layers) < FEW else ""
+    yield Problem(f"{fact}; the first is {first}", f"{ANOTHER}, or set {name} = {has} in it{needless}")
 
 
 def _unmapped(keys: Iterable[str], model: Model) -> Iterator[Problem]:

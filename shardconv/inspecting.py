@@ -1,11 +1,15 @@
 """Listing any checkpoint, a source or an Orbax one, from headers and metadata alone."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from shardconv.source import open_source
+from shardconv.errors import InputError, Problem
+from shardconv.run.job import state_path
+from shardconv.sinks.paths import STAGE_SUFFIX
+from shardconv.source import Source, open_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +43,49 @@ def inspect(path: str, match: str | None) -> Listing:
     """Lists the checkpoint at `path`, restricted to names that match a glob; raises InputError where there is none."""
     from shardconv.sinks.listing import pytrees  # tensorstore is not needed to list a source
 
-    folders = pytrees(path)
+    unfinished = _unfinished(path)
+    folders = [folder for folder in pytrees(path) if STAGE_SUFFIX not in os.path.relpath(folder, path)]
     if folders:
-        return Listing(path, "orbax", tuple(e for folder in folders for e in _stored(path, folder) if _wanted(e, match)))
-    source = open_source(path)
-    found = (Entry(t.name, t.shape, t.dtype, t.nbytes, t.file) for t in source.tensors.values())
-    return Listing(path, source.format, tuple(entry for entry in found if _wanted(entry, match)), source.notes)
+        found, form, notes = [entry for folder in folders for entry in _stored(path, folder)], "orbax", unfinished
+    else:
+        source = _source(path, unfinished)
+        found = [Entry(t.name, t.shape, t.dtype, t.nbytes, t.file) for t in source.tensors.values()]
+        form, notes = source.format, source.notes
+    entries = tuple(sorted((entry for entry in found if _wanted(entry, match)), key=_natural))
+    hint = (_no_match(match),) if match is not None and not entries else ()
+    return Listing(path, form, entries, (*notes, *hint))
+
+
+def _source(path: str, unfinished: Sequence[str]) -> Source:
+    """A checkpoint to convert; where there is none, what is there instead is a conversion that has not ended."""
+    try:
+        return open_source(path)
+    except InputError:
+        if not unfinished:
+            raise
+    remedy = "`shardconv run` with the same config goes on with it"
+    raise InputError("there is no finished checkpoint", [Problem(fact, remedy) for fact in unfinished])
+
+
+def _unfinished(path: str) -> tuple[str, ...]:
+    """What is left of a conversion into `path`, or into a step of it, that has not ended."""
+    whole = os.path.abspath(path)
+    inside = sorted(entry.path for entry in os.scandir(whole) if entry.name.endswith(STAGE_SUFFIX)) if os.path.isdir(whole) else []
+    left = [*inside, whole + STAGE_SUFFIX, *([whole] if whole.endswith(STAGE_SUFFIX) else [])]
+    found = [stage for stage in left if os.path.isdir(stage)]
+    if not found and not os.path.exists(whole) and os.path.isdir(state_path(whole)):
+        found = [state_path(whole)]
+    return tuple(f"{stage} is of a conversion that has not finished" for stage in found)
+
+
+def _no_match(match: str) -> str:
+    stars = "" if set("*?[") & set(match) else f'; a glob needs stars: "*{match}*"'
+    return f'no name matches "{match}"{stars}'
+
+
+def _natural(entry: Entry) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", entry.name)]
 
 
 def _stored(root: str, folder: str) -> Iterator[Entry]:

@@ -266,7 +266,7 @@ def print_plan(plan: Plan, console: Console, *, ocdbt: bool) -> None:
     rows = [_plan_row(leaf, count) for leaf, count in _groups(plan)]
     for row in rows:
         table.add_row(*row)
-    if Measurement.get(console, console.options.update(max_width=10**6), table).maximum <= console.width:
+    if _fits(table, console):
         console.print(table)
     else:
         for row in rows:
@@ -335,17 +335,27 @@ def listing_json(listing: Listing) -> Json:
 
 
 def print_listing(listing: Listing, console: Console) -> None:
-    """A listing for people."""
+    """A listing for people: a line per tensor, or two where the terminal is narrow."""
     chunked = any(entry.chunk is not None for entry in listing.entries)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("name", "shape", "dtype", "bytes", *(["chunk"] if chunked else []), "in"):
-        table.add_column(heading, overflow="fold", justify="right" if heading == "bytes" else "left")
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "bytes" else "left")
     for entry in listing.entries:
         chunk = [_shape(entry.chunk)] if entry.chunk is not None else []
         table.add_row(entry.name, _shape(entry.shape), entry.dtype, f"{entry.nbytes:,}", *chunk, entry.where)
-    console.print(table)
+    if not listing.entries or _fits(table, console):
+        console.print(table)
+    else:
+        for entry in listing.entries:
+            chunk = [f"chunk {_shape(entry.chunk)}"] if entry.chunk is not None else []
+            facts = [f"{_shape(entry.shape)} {entry.dtype}", f"{entry.nbytes:,} bytes", *chunk, f"in {entry.where}"]
+            console.print(f"{entry.name}\n    {', '.join(facts)}")
     places = len({entry.where for entry in listing.entries})
     kind = "directories" if listing.format == "orbax" else "files"
     console.print(f"{len(listing.entries)} tensors, {amount(listing.nbytes)}, {places} {kind}, {listing.format}")
     for note in listing.notes:
         console.print(f"note: {note}")
+
+
+def _fits(table: Table, console: Console) -> bool:
+    return Measurement.get(console, console.options.update(max_width=10**6), table).maximum <= console.width

@@ -27,8 +27,8 @@ BLOCK = 1 << 22
 SPREAD = np.float32(0.02)
 
 
-def synthesise(hf_config: str, out: str, *, sparse: bool, seed: int, dtype: str, shard_bytes: int) -> None:
-    """Writes a checkpoint of a config.json (or of the directory that holds one) into the new directory `out`.
+def synthesise(hf_config: str, out: str, *, sparse: bool, seed: int, dtype: str, shard_bytes: int) -> tuple[int, int]:
+    """Writes a checkpoint of a config.json (or of the directory that holds one) into the new directory `out`: (files, their bytes).
 
     Raises InputError where no family describes the config, ConfigError where `out` is not empty or the dtype is no float.
     """
@@ -40,9 +40,11 @@ def synthesise(hf_config: str, out: str, *, sparse: bool, seed: int, dtype: str,
         raise ConfigError("cannot write the checkpoint", [Problem(f"{out} is not empty", "choose a new directory")])
     os.makedirs(out, exist_ok=True)
     blocks = None if sparse else lambda tensor: random_blocks(tensor, seed)
-    write_checkpoint(out, sorted(_tensors(model, stored), key=_natural), blocks, max_file_bytes=shard_bytes, metadata={"format": "pt"})
+    tensors = sorted(_tensors(model, stored), key=_natural)
+    files = write_checkpoint(out, tensors, blocks, max_file_bytes=shard_bytes, metadata={"format": "pt"})
     with open(os.path.join(out, "config.json"), "w", encoding="utf-8") as file:
         json.dump({**config, "torch_dtype": stored.name}, file, indent=2)
+    return len(files), sum(os.path.getsize(os.path.join(out, name)) for name in files)
 
 
 def _read(path: str) -> dict[str, object]:

@@ -207,8 +207,10 @@ def test_doctor_names_the_disk_it_was_asked_about(here: Path) -> None:
 
 
 def test_from_a_model_config_to_a_checkpoint(here: Path) -> None:
-    assert type_in("synth", "tiny/config.json", "made", "--shard-size", "2KiB")[0] == 0
-    assert len(list(Path("made").glob("*.safetensors"))) > 1
+    code, out, _ = type_in("synth", "tiny/config.json", "made", "--shard-size", "2KiB")
+    made = [file.stat().st_size for file in Path("made").glob("*.safetensors")]
+    assert (code, out) == (0, f"wrote made: {sum(made) / 1000:.2f} kB in {len(made)} files\n")
+    assert len(made) > 1
     assert type_in("init", "made", "--layout", "flat")[0] == 0
 
     code, out, err = type_in("plan", "made.toml", "--json", "--set", "target.dtype=float32")
@@ -217,6 +219,12 @@ def test_from_a_model_config_to_a_checkpoint(here: Path) -> None:
     assert planned["target_bytes"] == 2 * planned["source_bytes"]
     assert type_in("plan", "made.toml")[0] == 0
 
+    assert type_in("verify", "made.toml") == (
+        ExitCode.USAGE,
+        "",
+        f"error: there is nothing to verify (1 problem):\n  there is no checkpoint at {here}/converted/made\n"
+        "      run `shardconv run CONFIG` first, or correct output.path, output.step and output.item\n",
+    )
     code, out, err = type_in("run", "made.toml", "--executor", "local", "--memory-budget", "64MiB", "--set", "workers.count=1")
     assert code == 0, err
     assert Path("converted/made").is_dir()
@@ -226,6 +234,36 @@ def test_from_a_model_config_to_a_checkpoint(here: Path) -> None:
 
     code, out, err = type_in("inspect", "converted/made", "--match", "*attn.q*", "--json")
     assert (code, err) == (0, "")
+    assert type_in("inspect", "made")[0] == 0
+
+
+@pytest.mark.parametrize("words", [("plan", "made.toml"), ("plan", "made.toml", "--json"), ("inspect", "made"), ("families",)])
+def test_a_reader_that_has_seen_enough_is_no_error(words: tuple[str, ...]) -> None:
+    type_in("synth", "tiny", "made", "--sparse")
+    type_in("init", "made", "--layout", "flat")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "shardconv", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("left", ["out.shardconv", "out.orbax-checkpoint-tmp", "out/0.orbax-checkpoint-tmp"])
+def test_an_unfinished_conversion_is_no_checkpoint(here: Path, left: str) -> None:
+    (here / left).mkdir(parents=True)
+    assert type_in("inspect", "out") == (
+        ExitCode.INPUT,
+        "",
+        f"error: there is no finished checkpoint (1 problem):\n  {here / left} is of a conversion that has not finished\n"
+        "      `shardconv run` with the same config goes on with it\n",
+    )
+
+
+def test_a_directory_beside_weights_that_is_unfinished_does_not_hide_them(here: Path) -> None:
+    type_in("synth", "tiny", "made")
+    (here / "made/out.orbax-checkpoint-tmp").mkdir()
     assert type_in("inspect", "made")[0] == 0
 
 

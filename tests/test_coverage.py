@@ -184,17 +184,27 @@ def test_layers_and_experts_beyond_what_config_json_gives() -> None:
     shapes |= {f"model.layers.4.block_sparse_moe.experts.{expert}.w1.weight": (20, 24) for expert in range(3)}
     shapes |= {"model.layers.2.block_sparse_moe.experts.3.w2.weight": (24, 20), "model.layers.4.input_layernorm.weight": (24,)}
     assert report(config, shapes) == (
-        "the mixtral family does not describe this checkpoint (3 problems):\n"
-        "  model.layers.{layers}.block_sparse_moe.experts.{experts}.w1.weight (3 tensors) is in the checkpoint, "
-        "beyond what config.json gives, layers = 4, experts = 3; the first is model.layers.4.block_sparse_moe.experts.0.w1.weight\n"
-        '      if the model does not need them, add "model.layers.{}.block_sparse_moe.experts.{}.w1.weight" to model.ignore\n'
+        "the mixtral family does not describe this checkpoint (2 problems):\n"
+        "  config.json has num_hidden_layers = 4, which does not fit the 5 layers in the checkpoint: 4 tensors are beyond; "
+        "the first is model.layers.4.block_sparse_moe.experts.0.w1.weight\n"
+        "      use the config.json that belongs to this checkpoint, or set num_hidden_layers = 5 in it; "
+        'if the model does not need them, add "model.layers.4.*" to model.ignore\n'
         "  model.layers.{layers}.block_sparse_moe.experts.{experts}.w2.weight (1 tensor) is in the checkpoint, "
         "beyond what config.json gives, layers = 4, experts = 3; the first is model.layers.2.block_sparse_moe.experts.3.w2.weight\n"
-        '      if the model does not need it, add "model.layers.{}.block_sparse_moe.experts.{}.w2.weight" to model.ignore\n'
-        "  model.layers.{layers}.input_layernorm.weight (1 tensor) is in the checkpoint, "
-        "beyond what config.json gives, layers = 4; the first is model.layers.4.input_layernorm.weight\n"
-        '      if the model does not need it, add "model.layers.{}.input_layernorm.weight" to model.ignore'
+        '      if the model does not need it, add "model.layers.{}.block_sparse_moe.experts.{}.w2.weight" to model.ignore'
     )
+
+
+def test_the_rules_told_for_layers_beyond_are_enough() -> None:
+    config, shapes = checkpoint()
+    shapes |= {f"model.layers.{layer}.{name}": (24,) for layer in (4, 5) for name in ("eh_proj.weight", "input_layernorm.weight")}
+    rules = ("model.layers.4.*", "model.layers.5.*")
+    assert 'add "model.layers.4.*", "model.layers.5.*" to model.ignore' in report(config, shapes)
+    assert len(covered(config, shapes, rules)) == 2
+    shapes |= {f"model.layers.{layer}.input_layernorm.weight": (24,) for layer in (6, 7)}
+    message = report(config, shapes)
+    assert "which does not fit the 8 layers in the checkpoint: 6 tensors are beyond; the first is model.layers.4.eh_proj.weight" in message
+    assert message.endswith("or set num_hidden_layers = 8 in it")
 
 
 # --- another shape ----------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 from conversions import make_config, make_source
 from rich.console import Console
 
+from shardconv.formats.writing import NewTensor, write_checkpoint
 from shardconv.inspecting import inspect
 from shardconv.plan import Plan
 from shardconv.planning import plan_from_config
@@ -183,3 +184,29 @@ def test_a_listing_as_data_and_for_people(source: Path) -> None:
     assert len(lines) == 4
     assert "128" in lines[1]
     assert lines[-1] == "2 tensors, 256 B, 1 files, safetensors"
+
+
+def shown(path: Path, match: str | None, width: int) -> list[str]:
+    out = io.StringIO()
+    print_listing(inspect(str(path), match), Console(file=out, width=width))
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def test_a_listing_on_a_narrow_terminal_has_two_lines_for_each_tensor(source: Path) -> None:
+    assert shown(source, "*.1.*q_proj*", 80) == [
+        "model.layers.1.self_attn.q_proj.weight",
+        "    64 x 64 BF16, 8,192 bytes, in model-00003-of-00004.safetensors",
+        "1 tensors, 8.19 kB, 1 files, safetensors",
+    ]
+
+
+def test_layer_2_is_listed_before_layer_10(tmp_path: Path) -> None:
+    names = ["l.0.w", "l.2.w", "l.10.w", "l.10.w2", "l.10.w10"]
+    tensors = [NewTensor(name, "F32", (1,)) for name in sorted(names)]
+    write_checkpoint(tmp_path, tensors, None, max_file_bytes=1 << 20, metadata={})
+    assert [entry.name for entry in inspect(str(tmp_path), None).entries] == names
+
+
+@pytest.mark.parametrize(("match", "hint"), [("q_proj", '; a glob needs stars: "*q_proj*"'), ("*nothing*", "")])
+def test_a_glob_that_matches_nothing_is_told(source: Path, match: str, hint: str) -> None:
+    assert shown(source, match, 200)[-1] == f'note: no name matches "{match}"{hint}'
