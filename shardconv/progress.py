@@ -37,8 +37,8 @@ STAGES = {
     "prepare": "looking at the output",
     "start": "starting workers",
     "units": "converting",
-    "commit": "checking and committing",
-    "check": "comparing with the source",
+    "commit": "committing",
+    "check": "comparing",
     "close": "tidying up",
 }
 
@@ -237,6 +237,8 @@ class Screen(_Watching):
         """Lines appear above the live part."""
         with self.lock:
             self.tally.hear(told)
+        if isinstance(told, Stage):
+            self._looked = 0.0  # a stage is never shown with the numbers of the one before it
         text = message(told, self.verbose)
         if text is not None and not isinstance(told, Ready):
             self.console.print(text)
@@ -254,7 +256,7 @@ def screen(tally: Tally, progress: Progress, workers: Sequence[WorkerState]) -> 
     left = f"{span(progress.seconds_left)} left" if progress.seconds_left and tally.stage == "units" else ""
     top.add_row(
         Text(STAGES.get(tally.stage, tally.stage), style="bold"),
-        ProgressBar(total=max(progress.total_bytes, 1), completed=progress.done_bytes, width=30),
+        ProgressBar(total=max(progress.total_bytes, 1), completed=progress.done_bytes, width=20),
         f"{amount(progress.done_bytes)} of {amount(progress.total_bytes)}",
         f"{amount(progress.bytes_per_second)}/s" if tally.stage == "units" else "",
         left,

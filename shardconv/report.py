@@ -138,19 +138,23 @@ def print_summary(found: Json, console: Console) -> None:
             found["memory_budget_bytes"],
         )
     )  # fmt: skip
+    count = f"{units['total']} unit{'' if units['total'] == 1 else 's'}"
     resumed = f", {units['resumed']} by earlier runs" if units["resumed"] else ""
-    retried = f", {units['retried']} attempts failed" if units["retried"] else ""
+    retried = f", {units['retried']} attempt{'' if units['retried'] == 1 else 's'} failed" if units["retried"] else ""
+    worked = bool(peak)  # a run that only commits has no workers
     rate = f", {amount(target / converting)}/s while converting" if converting and not units["resumed"] else ""
     times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
     for label, text in (
-        ("checkpoint", f"{found['checkpoint']}, {amount(target)} in {units['total']} units{resumed}{retried}"),
+        ("checkpoint", f"{found['checkpoint']}, {amount(target)} in {count}{resumed}{retried}"),
         ("time", f"{found['wall_seconds']:.1f} s{rate} ({times})"),
-        ("cpu", f"{found['cpu_seconds']:.1f} s, {found['executor']}"),
+        ("cpu", f"{found['cpu_seconds']:.1f} s" + (f", {found['executor']}" if worked else "")),
         ("read", f"{amount(read)} in {found['requests']:,} requests, {found['read_amplification']:.2f} x what is used"),
         ("written", f"{amount(written)}, {found['write_amplification']:.2f} x the target"),
-        ("memory", f"heaviest worker {amount(peak)}, of which buffers may take {amount(budget)}"),
+        ("memory", f"heaviest worker {amount(peak)}, of which buffers may take {amount(budget)}" if worked else "no workers were needed"),
     ):
         console.print(f"{label:<12}{text}")
+    for note in cast(list[str], found["notes"]):
+        console.print(f"{'note':<12}{note}")
     if isinstance(check := found["check"], Mapping):
         console.print(f"{'check':<12}{check_summary(check)}")
         for note in check["notes"]:

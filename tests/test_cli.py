@@ -298,6 +298,40 @@ def test_ctrl_c_is_5() -> None:
     assert (done.exit_code, done.stdout, done.stderr) == (ExitCode.RESUMABLE, "", "interrupted\n")
 
 
+def test_ctrl_c_that_an_import_made_an_error_of_is_5(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def go() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("an extension was not loaded") from error
+
+    monkeypatch.setattr(sys, "argv", ["shardconv", "go"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
+    with pytest.raises(SystemExit) as caught:
+        enter(house(go))
+    assert caught.value.code == ExitCode.RESUMABLE
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("module", ["typer", "pydantic"])
+def test_ctrl_c_while_the_program_is_imported_is_5(module: str) -> None:
+    """The signal comes when a module that the command line imports is looked for."""
+    code = f"""
+import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("shardconv", run_name="__main__")
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (ExitCode.RESUMABLE, "", "interrupted\n")
+
+
 def test_a_mistake_of_ours_shows_its_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def go() -> None:
         raise ZeroDivisionError("ours")

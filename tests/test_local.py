@@ -49,6 +49,7 @@ def test_one_slot_is_this_process_and_several_are_others(state: str) -> None:
 
 def test_no_more_processes_than_units(state: str) -> None:
     assert next(start(state, "plain", count=4, units=2)) == Ready(2, "2 processes")
+    assert next(start(state, "plain", count=4, units=1)) == Ready(1, "1 process")
 
 
 def test_a_killed_process_costs_its_own_unit_only(state: str) -> None:

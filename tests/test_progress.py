@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from shardconv.progress import JsonLines, Lines, Screen, Tally, amount, line, message, screen, span
+from shardconv.progress import STAGES, JsonLines, Lines, Screen, Tally, amount, line, message, screen, span
 from shardconv.run import Began, Finished, Note, Ready, Retried, Stage, Waiting, python_path
 from shardconv.run.heartbeat import Heartbeat, WorkerState
 
@@ -179,3 +179,26 @@ def test_the_view_fits_where_it_goes() -> None:
     assert [json.loads(text)["event"] for text in watched(False, True, False).splitlines()] == ["stage", "note"]
     live = watched(quiet=False, json_logs=False, terminal=True)
     assert "hello" in live and "starting workers" in live and "\x1b[" in live
+
+
+@pytest.mark.parametrize("stage", ["prepare", "start", "commit", "check", "close"])
+def test_the_bar_of_a_stage_without_a_rate_fits_80_columns(tally: Tally, stage: str) -> None:
+    tally.hear(Stage(stage))
+    out = io.StringIO()
+    Console(file=out, width=80).print(screen(tally, tally.progress(0.0, []), []))
+    assert len(out.getvalue().splitlines()) == 1
+    assert STAGES[stage] in out.getvalue()
+
+
+def test_a_stage_is_shown_with_its_own_numbers() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=160)
+    view = Screen(console, verbose=False)
+    view.hear(began())
+    view.hear(Stage("units"))
+    console.print(view.render())
+    for unit in range(4):
+        view.hear(finished(unit))
+    view.hear(Stage("commit"))
+    console.print(view.render())
+    assert re.search(r"committing .* 4\.00 GB of 4\.00 GB .* 4 of 4 units", out.getvalue())

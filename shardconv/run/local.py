@@ -59,7 +59,7 @@ class _Pool:
     def run(self) -> Iterator[Event]:
         try:
             self._idle = [self._child() for _ in range(self._count)]
-            yield Ready(self._count, f"{self._count} processes")
+            yield Ready(self._count, f"{self._count} process{'' if self._count == 1 else 'es'}")
             while self._queue or self._busy:
                 self._hand_out()
                 yield from self._collect()
