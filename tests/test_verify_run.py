@@ -117,8 +117,8 @@ def test_the_command(config: Config) -> None:
 
 def test_a_checkpoint_that_is_not_there(config: Config) -> None:
     code, out, err = type_in("verify", file_of(config))
-    assert (code, out) == (ExitCode.CHECK, "")
-    assert err.startswith(f"error: {config.output.path} cannot be read as a checkpoint (1 problem):\n  FileNotFoundError: ")
+    assert (code, out) == (ExitCode.USAGE, "")
+    assert err.startswith(f"error: there is nothing to verify (1 problem):\n  there is no checkpoint at {config.output.path}\n      run ")
 
 
 def test_a_run_whose_check_fails_says_so_and_leaves_a_report(config: Config) -> None:
