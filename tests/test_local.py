@@ -6,6 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from waiting import alive, wait_for_workers
 
 from shardconv.errors import InputError, RunError
 from shardconv.ledger import Ledger
@@ -152,26 +153,8 @@ def test_closing_stops_the_workers(state: str) -> None:
     pids = [worker.pid for worker in read_workers(Ledger(state).workers)]
     assert len(pids) == 2
     events.close()
-    assert not any(_alive(pid) for pid in pids)
+    assert not any(alive(pid) for pid in pids)
     assert len(Ledger(state).finished()) < 8
-
-
-def _wait_for_workers(state: str, count: int) -> list[int]:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        pids = [worker.pid for worker in read_workers(Ledger(state).workers) if worker.unit is not None]
-        if len(pids) == count:
-            return pids
-        time.sleep(0.05)
-    raise AssertionError(f"{count} workers never began")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_workers_die_with_a_killed_driver(state: str) -> None:
@@ -180,10 +163,10 @@ def test_workers_die_with_a_killed_driver(state: str) -> None:
         f"list(execute({state!r}, range(4), work='standin_units:forever', count=2, patience=Patience(60, 600), name=str, verbose=False))"
     )
     driver = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": python_path()})
-    pids = _wait_for_workers(state, 2)
+    pids = wait_for_workers(state, 2, seconds=20)
     driver.kill()
     driver.wait()
     deadline = time.monotonic() + 10
-    while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(_alive(pid) for pid in pids)
+    assert not any(alive(pid) for pid in pids)

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import alive, wait_for_workers
 
 from shardconv.errors import InputError, RunError
 from shardconv.ledger import Ledger
@@ -128,12 +129,12 @@ def test_closing_stops_the_tasks(started: None, state: str) -> None:
     events = start(state, "only_the_first_ends", units=3)
     while not isinstance(next(events), Finished):
         pass
-    busy = _wait_for_workers(state, 2)
+    busy = wait_for_workers(state, 2, seconds=60)
     events.close()
     deadline = time.monotonic() + 20
-    while any(_alive(pid) for pid in busy) and time.monotonic() < deadline:
+    while any(alive(pid) for pid in busy) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(_alive(pid) for pid in busy)
+    assert not any(alive(pid) for pid in busy)
 
 
 def test_signals_wait_until_ray_has_started() -> None:
@@ -180,33 +181,15 @@ def test_ray_started_on_the_spot_is_quiet_and_goes_away(state: str) -> None:
     assert driver.returncode == 0, err
     assert out.split() == ["Ready"] + ["Finished"] * 4
     assert err == ""
-    assert not any(_alive(worker.pid) for worker in read_workers(Ledger(state).workers))
+    assert not any(alive(worker.pid) for worker in read_workers(Ledger(state).workers))
 
 
 def test_workers_die_with_a_killed_driver(state: str) -> None:
     driver = _run_driver(state, "forever")
-    pids = _wait_for_workers(state, 2)
+    pids = wait_for_workers(state, 2, seconds=60)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     deadline = time.monotonic() + 20
-    while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(_alive(pid) for pid in pids)
-
-
-def _wait_for_workers(state: str, count: int) -> list[int]:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        pids = [worker.pid for worker in read_workers(Ledger(state).workers) if worker.unit is not None]
-        if len(pids) == count:
-            return pids
-        time.sleep(0.1)
-    raise AssertionError(f"{count} workers never began")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert not any(alive(pid) for pid in pids)
