@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from stored_dtypes import DTYPES
 
 from shardconv.boxes import box_shape, chunk_box, slices
 from shardconv.errors import CheckError, ConfigError, RunError
@@ -67,28 +68,6 @@ SPECS = {
     "params.norm": (ArraySpec(("params", "norm"), (24,), "float32", (8,), (4,)), ["y"]),
     "params.padding": (ArraySpec(("params", "padding"), (8, 4), "bfloat16", (4, 4), (2, 4)), [None, "y"]),
 }
-DTYPES = [
-    "bool",
-    "int8",
-    "uint8",
-    "int16",
-    "uint16",
-    "int32",
-    "uint32",
-    "int64",
-    "uint64",
-    "float16",
-    "bfloat16",
-    "float32",
-    "float64",
-    "complex64",
-    "float8_e5m2",
-    "float8_e4m3fn",
-    "float8_e8m0fnu",
-    "float8_e4m3fnuz",
-    "float8_e5m2fnuz",
-    "float4_e2m1fn",
-]
 
 
 def values(spec: ArraySpec) -> Any:

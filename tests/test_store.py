@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
+from stored_dtypes import DTYPES
 
 from shardconv.boxes import box_shape, chunk_box, slices
 from shardconv.errors import Problem, RunError
@@ -29,29 +30,6 @@ from shardconv.sinks.spec import ArraySpec, StoreOptions, array_spec, metadata_k
 
 PLAIN = StoreOptions()
 EVERY_STORE = [StoreOptions(z, o, c) for z, o, c in itertools.product((3, 2), (True, False), ("none", "zstd"))]
-# What safetensors can hold and zarr can too: all but the six-bit floats.
-DTYPES = [
-    "bool",
-    "int8",
-    "uint8",
-    "int16",
-    "uint16",
-    "int32",
-    "uint32",
-    "int64",
-    "uint64",
-    "float16",
-    "bfloat16",
-    "float32",
-    "float64",
-    "complex64",
-    "float8_e5m2",
-    "float8_e4m3fn",
-    "float8_e8m0fnu",
-    "float8_e4m3fnuz",
-    "float8_e5m2fnuz",
-    "float4_e2m1fn",
-]
 # shape, chunk, inner chunk: a scalar; a clipped vector; clipped on both dims, inner chunks too; a scanned leaf, one
 # layer at a time, split along leading dims alone; the same, split along the last dim.
 GRIDS = [
