@@ -35,8 +35,9 @@ from shardconv.sinks.paths import create_stage, final_path
 from shardconv.sinks.spec import StoreOptions
 from shardconv.source import open_source
 from shardconv.verify import agreement, logits, reference
-from shardconv.verify.agreement import Bounds, LogitReport, Measured, compare, measure
+from shardconv.verify.agreement import LogitReport, Measured, compare, measure
 from shardconv.verify.differences import gap, in_sum, join, surprise
+from shardconv.verify.request import Bounds
 from shardconv.verify.restoring import mesh_of, restore
 from shardconv.verify.roundings import roundings
 

@@ -16,13 +16,11 @@ from shardconv.errors import InputError, Problem
 from shardconv.models.decoder import Weights, logits, weights_of
 from shardconv.models.hf import decoder_of
 from shardconv.models.reading import read
-from shardconv.verify.agreement import Bounds, LogitReport, compare, measure
+from shardconv.verify.agreement import LogitReport, compare, measure
 from shardconv.verify.differences import Logits, Tokens
 from shardconv.verify.reference import Rounding, load_reference
+from shardconv.verify.request import LENGTHS, Bounds
 from shardconv.verify.restoring import restore
-
-# Lengths of random sequences: RoPE faults do not show in the first few positions.
-LENGTHS = (64, 96, 160)
 
 
 def check_logits(
