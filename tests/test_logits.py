@@ -37,7 +37,7 @@ from shardconv.source import open_source
 from shardconv.verify import agreement, logits, reference
 from shardconv.verify.agreement import LogitReport, Measured, compare, measure
 from shardconv.verify.differences import gap, in_sum, join, surprise
-from shardconv.verify.request import Bounds
+from shardconv.verify.logit_request import Bounds, Rounding
 from shardconv.verify.restoring import mesh_of, restore
 from shardconv.verify.roundings import roundings
 
@@ -88,7 +88,7 @@ class Case:
     reference: reference.Reference
 
     @cache  # noqa: B019  a case lives as long as the tests
-    def measured(self, rounded: frozenset[tuple[str, reference.Rounding]]) -> tuple[Measured, ...]:
+    def measured(self, rounded: frozenset[tuple[str, Rounding]]) -> tuple[Measured, ...]:
         return tuple(measure(self.reference, tokens, dict(rounded)) for tokens in self.sample)
 
 
@@ -332,7 +332,7 @@ def test_weights_are_rounded_as_stored_and_put_back(case: Any) -> None:
     model = case("mixtral").reference.model
     before = {name: weight.detach().numpy().copy() for name, weight in model.named_parameters()}
     norm = "model.norm.weight"
-    told = {norm: reference.Rounding("bfloat16", 3.0, 1.0), "experts.by.another.name": reference.Rounding("float16")}
+    told = {norm: Rounding("bfloat16", 3.0, 1.0), "experts.by.another.name": Rounding("float16")}
     with reference._rounded(model, told):
         during = {name: weight.detach().numpy().copy() for name, weight in model.named_parameters()}
     stored = (before[norm].astype(np.float64) * 3.0 + 1.0).astype(ml_dtypes.bfloat16)

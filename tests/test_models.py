@@ -399,7 +399,7 @@ def test_maxtext_rotates_pairs_with_llama3_scaling(scaling: Config | None, rope:
 
 # Independence: a forward that used the converter's tables would find them right whatever they say.
 
-CHECK = tuple(f"shardconv.verify.{name}" for name in ("logits", "agreement", "differences", "reference", "restoring"))
+CHECK = tuple(f"shardconv.verify.{name}" for name in ("logits", "logit_request", "agreement", "differences", "reference", "restoring"))
 
 
 def reached(start: str, root: Path) -> set[str]:

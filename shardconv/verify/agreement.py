@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from shardconv.errors import CheckError, ConfigError, Problem
 from shardconv.verify.differences import Difference, Gap, Logits, Tokens, gap, in_sum, join, surprise
-from shardconv.verify.reference import Reference, Rounding, Run
-from shardconv.verify.request import Bounds
+from shardconv.verify.logit_request import Bounds, Rounding
+from shardconv.verify.reference import Reference, Run
 
 # Another order of sums is tried this often, and the largest difference counts: it is one draw of a random number.
 ORDERS = 2

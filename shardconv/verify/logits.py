@@ -18,8 +18,8 @@ from shardconv.models.hf import decoder_of
 from shardconv.models.reading import read
 from shardconv.verify.agreement import LogitReport, compare, measure
 from shardconv.verify.differences import Logits, Tokens
-from shardconv.verify.reference import Rounding, load_reference
-from shardconv.verify.request import LENGTHS, Bounds
+from shardconv.verify.logit_request import LENGTHS, Bounds, Rounding
+from shardconv.verify.reference import load_reference
 from shardconv.verify.restoring import restore
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardconv.errors import ConfigError, InputError, Problem
+from shardconv.verify.logit_request import Rounding
 
 Logits = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
@@ -43,15 +44,6 @@ class Run:
 
     logits: Logits
     routers: Logits | None
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """A tensor that is stored as its values times `scale` plus `shift`, rounded to `dtype`."""
-
-    dtype: str
-    scale: float = 1.0
-    shift: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Only the rounding is taken over: the reference undoes the scale and the shift, s
 """
 
 from shardconv.plan import Plan
-from shardconv.verify.reference import Rounding
+from shardconv.verify.logit_request import Rounding
 
 
 def roundings(plan: Plan) -> dict[str, Rounding]:
