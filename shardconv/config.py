@@ -1,12 +1,11 @@
-"""The config: every key, its type, its default and one sentence of what it is for. Nothing below this floor has a default.
+"""The config: one TOML file, read, checked and complete.
 
 A config is one TOML file plus `--set section.key=value` overrides. It is checked once, here, and every problem is collected into one
-ConfigError that names the file (or the override), the section, the key, what was given and what fits. After that the sections are frozen
-values: a word such as "none" has become None, "64MiB" has become bytes, and a mesh rule is a tuple of mesh axes. Relative paths are
-relative to the directory the program is started in, not to the config file.
+ConfigError that names the file (or the override), the section, the key, what was given and what fits. Relative paths are relative to the
+directory the program is started in, not to the config file.
 
-The sentences are written here once: `shardconv init` puts them into the configs it writes. `digest` covers what changes the bytes of the
-checkpoint, so a run may be resumed with other workers or from a moved source, and not with another dtype or mesh.
+What may be said is written once, in `config_sections`: `shardconv init` puts its sentences into the configs it writes. `digest` covers what
+changes the bytes of the checkpoint, so a run may be resumed with other workers or from a moved source, and not with another dtype or mesh.
 """
 
 import hashlib
@@ -14,249 +13,33 @@ import json
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Annotated, Literal, Self, get_args
+from typing import Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from shardconv.budget import MIB, format_size, parse_size
-from shardconv.config_report import Expected, Keys, Misfit, problems_of, unknown_name
+from shardconv.budget import format_size
+from shardconv.config_report import Keys, Misfit, problems_of, unknown_name
+from shardconv.config_sections import (
+    Absent,
+    CheckSection,
+    MeshSection,
+    ModelSection,
+    OutputSection,
+    Section,
+    SourceSection,
+    TargetSection,
+    WorkersSection,
+    rule_words,
+)
 from shardconv.errors import ConfigError, Problem
 from shardconv.families import families
 from shardconv.layouts import LAYOUTS
 from shardconv.toml import override, read_toml, toml_key, toml_value
 
-# What a target leaf may be stored as; the names are NumPy's and ml_dtypes'.
-TargetDType = Literal[
-    "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"
-]
-
 # Where a layout's own loader looks for the tree, as (step, item): MaxText opens <path>/0/items. A layout that is not here has no loader
 # with habits, and the tree lies at the output path itself.
 PLACES: Mapping[str, tuple[int, str]] = {"maxtext": (0, "items")}
-
-
-@dataclass(frozen=True)
-class Absent:
-    """The word that stands for None in TOML, which has no null."""
-
-    word: str
-
-
-def _word(word: str) -> BeforeValidator:
-    return BeforeValidator(lambda value: None if value == word else value)
-
-
-def _size(value: object) -> object:
-    return parse_size(value) if isinstance(value, str) and value != "auto" else value
-
-
-def _mesh_axes(value: object) -> object:
-    """A rule as a tuple of mesh axes: "" is none, a name is one."""
-    if isinstance(value, str):
-        return (value,) if value else ()
-    return tuple(value) if isinstance(value, list) else value
-
-
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
-Place = Annotated[str, Field(pattern=r"^[^\x00]+$"), Expected("a path, in quotes"), AfterValidator(os.path.expanduser)]
-# One directory name, and no dot in front: Orbax and the kernel keep those for themselves.
-DirectoryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-Flag = Annotated[bool, Expected("true or false")]
-Rule = Annotated[tuple[Text, ...], BeforeValidator(_mesh_axes)]
-
-
-class Section(BaseModel):
-    """A table of the config: frozen, strict about types, and without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class SourceSection(Section):
-    """The checkpoint to convert."""
-
-    path: Annotated[
-        Place,
-        Field(description="A directory of .safetensors files, one such file, or an index .json; relative to where the program starts."),
-    ]
-
-
-class ModelSection(Section):
-    """What the checkpoint is."""
-
-    family: Annotated[
-        Text,
-        Expected("a family's name, in quotes"),
-        Field(description='A name that `shardconv families` lists; "auto" finds it by config.json.'),
-    ] = "auto"
-    ignore: Annotated[
-        tuple[Text, ...],
-        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
-        Expected('a list of names, such as ["vision.*"]'),
-        Field(description='Tensors to leave out: names, with "*" for any text and "{}" for any number.'),
-    ] = ()
-
-
-class TargetSection(Section):
-    """What the parameters become."""
-
-    layout: Annotated[
-        Text,
-        Expected("a layout's name, in quotes"),
-        Field(description="Whose names and shapes to write: one that `shardconv layouts` lists."),
-    ]
-    scan_layers: Annotated[
-        Flag,
-        Field(description="true: one array per parameter for all layers, as scanned code wants it; false: one per layer."),
-    ] = True
-    dtype: Annotated[
-        Literal["source"] | TargetDType,
-        Expected("a dtype", choices=("source", *get_args(TargetDType))),
-        Field(description='What to store; "source" keeps each tensor\'s own dtype.'),
-    ] = "source"
-    query_dtype: Annotated[
-        TargetDType | None,
-        Absent("same"),
-        _word("same"),
-        Expected("a dtype", choices=("same", *get_args(TargetDType))),
-        Field(description='dtype of query kernels that carry a folded scale, where rounding shows; "same" is as above.'),
-    ] = None
-    rope: Annotated[
-        Literal["auto", "half", "interleaved"],
-        Expected("an order", choices=("auto", "half", "interleaved")),
-        Field(description='How the code that loads this pairs rotary dims: "half", "interleaved"; "auto" asks the layout.'),
-    ] = "auto"
-    vocab_size: Annotated[
-        Positive | None,
-        Absent("source"),
-        _word("source"),
-        Expected('a number of rows, or "source"'),
-        Field(description='Rows of the embedding, padded with zeros up to here; "source" adds none.'),
-    ] = None
-
-
-class MeshSection(Section):
-    """The devices that will restore the checkpoint; what is stored divides their shards."""
-
-    axes: Annotated[
-        Mapping[Text, Positive],
-        Expected("devices per mesh axis, such as { fsdp = 8, tensor = 4 }"),
-        Field(description="Mesh axes in order, with the number of devices along each."),
-    ] = Field(default_factory=dict)
-    rules: Annotated[
-        Mapping[Text, Rule],
-        Expected('mesh axes, such as "fsdp", ["fsdp", "tensor"], or "" for none'),
-        Field(description='The mesh axes that split each named axis: one, a list, or "" for none.'),
-    ] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _rules_fit_axes(self) -> Self:
-        problems = [problem for name, rule in self.rules.items() for problem in self._rule_problems(name, rule)]
-        if problems:
-            raise Misfit(problems)
-        return self
-
-    def _rule_problems(self, name: str, rule: tuple[str, ...]) -> list[tuple[Keys, Problem]]:
-        said = f"[mesh] rules.{toml_key(name)} = {toml_value(_rule_words(rule))}"
-        known = f"the mesh axes are {', '.join(self.axes)}" if self.axes else "there are none; add axes = { fsdp = 8 }"
-        problems = []
-        for axis in dict.fromkeys(rule):
-            if axis not in self.axes:
-                close = get_close_matches(axis, self.axes, n=1)
-                hint = f'did you mean "{close[0]}"? ' if close else ""
-                problems.append(Problem(f'{said}: "{axis}" is not a mesh axis', hint + known))
-            if rule.count(axis) > 1:
-                problems.append(Problem(f'{said}: "{axis}" twice', "a mesh axis splits a dim once"))
-        return [(("rules", name), problem) for problem in problems]
-
-
-class OutputSection(Section):
-    """Where the checkpoint goes and how it is stored."""
-
-    path: Annotated[Place, Field(description="The checkpoint's directory; unfinished work is kept beside it, in PATH.shardconv/.")]
-    step: Annotated[
-        Natural | None,
-        Absent("none"),
-        _word("none"),
-        Expected('a whole number, 0 or more, or "none"'),
-        Field(description='Step directory in it, or "none"; left out, what the layout\'s loader looks for.'),
-    ] = None
-    item: Annotated[
-        DirectoryName | None,
-        Absent("none"),
-        _word("none"),
-        Expected('a directory name, or "none"'),
-        Field(description='Item directory in that, or "none"; left out, what the layout\'s loader looks for.'),
-    ] = None
-    zarr: Annotated[
-        Literal[3, 2],
-        Expected("a zarr format", choices=(3, 2)),
-        Field(description="3, or 2 for older readers."),
-    ] = 3
-    ocdbt: Annotated[
-        Flag,
-        Field(description="true: a few large files; false: a file per chunk."),
-    ] = True
-    compression: Annotated[
-        Literal["none", "zstd"],
-        Expected("a compression", choices=("none", "zstd")),
-        Field(description='"none" is faster; "zstd" saves about a fifth of bfloat16 weights.'),
-    ] = "none"
-    chunk_bytes: Annotated[
-        Positive,
-        BeforeValidator(_size),
-        Expected('a size, such as "64MiB" or "500MB"'),
-        Field(description="The most that a reader has to fetch for one element."),
-    ] = 64 * MIB
-
-
-class WorkersSection(Section):
-    """Who does the work; nothing here changes the checkpoint."""
-
-    executor: Annotated[
-        Literal["ray", "local"],
-        Expected("an executor", choices=("ray", "local")),
-        Field(description='"ray", or "local" for the same work without Ray.'),
-    ] = "ray"
-    address: Annotated[
-        Text,
-        Expected('an address such as "10.0.0.2:6379", or "local"'),
-        Field(description='A Ray cluster; "local" starts one here. RAY_ADDRESS and --address go before it.'),
-    ] = "local"
-    count: Annotated[
-        Natural,
-        Expected("a whole number, 0 or more"),
-        Field(description="How many; 0 is one per core."),
-    ] = 0
-    memory_budget: Annotated[
-        Literal["auto"] | Positive,
-        BeforeValidator(_size),
-        Expected('a size, such as "2GiB" or "500MB", or "auto"'),
-        Field(description='Memory for the buffers of each, such as "2GiB"; "auto" takes a share of what is free.'),
-    ] = "auto"
-
-
-class CheckSection(Section):
-    """What is compared after writing."""
-
-    mode: Annotated[
-        Literal["none", "weights"],
-        Expected("a check", choices=("none", "weights"), later=("logits", "all")),
-        Field(description='"weights": everything is read back and compared with the source; "none": nothing is.'),
-    ] = "weights"
-    sample: Annotated[
-        Literal["auto", "all"] | Positive,
-        Expected('a number of boxes, "all" or "auto"'),
-        Field(description='Boxes to look at in each array; "all" looks at every element, "auto" does up to 16 GiB per worker.'),
-    ] = "auto"
-    seed: Annotated[
-        Natural,
-        Expected("a whole number, 0 or more"),
-        Field(description="Chooses the boxes."),
-    ] = 0
 
 
 class Config(Section):
@@ -328,12 +111,8 @@ def _words(value: object, key: str, field: FieldInfo) -> object:
     if key in ("chunk_bytes", "memory_budget") and isinstance(value, int):
         return format_size(value)
     if isinstance(value, Mapping):
-        return {axis: _rule_words(rule) if key == "rules" else rule for axis, rule in value.items()}
+        return {axis: rule_words(rule) if key == "rules" else rule for axis, rule in value.items()}
     return value
-
-
-def _rule_words(rule: tuple[str, ...]) -> object:
-    return rule[0] if len(rule) == 1 else list(rule) or ""
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> tuple[str, ...]:

@@ -12,17 +12,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from shardconv.config import (
-    PLACES,
-    Config,
-    MeshSection,
-    ModelSection,
-    OutputSection,
-    SourceSection,
-    TargetSection,
-    section_toml,
-)
+from shardconv.config import PLACES, Config, section_toml
 from shardconv.config_report import unknown_name
+from shardconv.config_sections import MeshSection, ModelSection, OutputSection, SourceSection, TargetSection
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.families import find
 from shardconv.family import LayoutOptions, Model, bind

@@ -4,7 +4,8 @@ import sys
 from difflib import get_close_matches
 
 from shardconv.budget import default_budget, this_machine
-from shardconv.config import Config, OutputSection
+from shardconv.config import Config
+from shardconv.config_sections import OutputSection
 from shardconv.coverage import TIED, is_tied
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.families import families, find

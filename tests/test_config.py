@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shardconv.config import Config, TargetDType, changes, load_config, section_toml
+from shardconv.config import Config, changes, load_config, section_toml
+from shardconv.config_sections import TargetDType
 from shardconv.dtypes import dtype_named
 from shardconv.errors import ConfigError, ExitCode, InputError
 from shardconv.formats.writing import NewTensor, write_checkpoint

@@ -48,6 +48,7 @@ FLOORS: Mapping[str, int] = {
     "shardconv.models": 6,
     "shardconv.toml": 7,
     "shardconv.config_report": 7,
+    "shardconv.config_sections": 7,
     "shardconv.config": 7,
     "shardconv.planning": 7,
     "shardconv.checking": 7,
