@@ -1,31 +1,45 @@
-"""The check, asked for by a config: what `shardconv verify` does, and the last stage of `shardconv run`.
+"""The checks, asked for by a config: what `shardconv verify` does, and the last stage of `shardconv run`.
 
-Both build the same request: the plan, the target as the config words it, and who works. `verify` answers it in this process; a run asks a
-child for it, since the driver loads no TensorStore.
+    weights   what is stored against the source, bit by bit (`verify.weights`)
+    logits    what both models compute (`verify.logits`), always in a child process: it loads JAX and torch, and ends with them
+
+Both commands build the same requests. `verify` compares the weights in this process; a run asks a child for that too, since the driver
+loads no TensorStore. What a comparison needs and is not there is said by `require`, before any byte is written.
 """
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from shardconv.budget import this_machine
 from shardconv.config import Config
 from shardconv.errors import CheckError, ConfigError, Problem
+from shardconv.models.hf import decoder_of
 from shardconv.plan import Plan
 from shardconv.planning import plan_from_config, worker_budget
+from shardconv.run import named
 from shardconv.sinks.paths import final_path
-from shardconv.verify.pool import answer_of_child
+from shardconv.verify.logit_request import Bounds, LogitRequest
+from shardconv.verify.pool import ENVIRONMENT, answer_of_child
+from shardconv.verify.reference import require_torch
 from shardconv.verify.request import Request
+from shardconv.verify.roundings import roundings
 from shardconv.verify.second import Choices
 from shardconv.verify.verdict import raise_if_unequal
 
 Json = dict[str, Any]
 
+# A mesh with a sharded axis or two needs no more, and two cores do not carry more virtual devices well.
+VIRTUAL_DEVICES = 8
+DEVICE_FLAG = "--xla_force_host_platform_device_count"
+
 
 def verify(config: Config) -> Json:
     """Compare a checkpoint that is there with its source; the verdict as data.
 
-    Raises ConfigError where there is no checkpoint, InputError where the source cannot be read, CheckError where the checkpoint cannot.
+    Raises ConfigError where there is no checkpoint or the comparison cannot be made, InputError where the source cannot be read,
+    CheckError where the checkpoint cannot.
     """
     output = config.output
     folder = final_path(output.path, output.step, output.item)
@@ -33,20 +47,106 @@ def verify(config: Config) -> Json:
         remedy = "run `shardconv run CONFIG` first, or correct output.path, output.step and output.item"
         raise ConfigError("there is nothing to verify", [Problem(f"there is no checkpoint at {folder}", remedy)])
     plan = plan_from_config(config, compare_ends=True)
-    return checked(request_of(config, plan, folder))
+    require(config, plan)
+    return _verdict(config, plan, folder, weights=checked)
+
+
+def check_run(config: Config, plan: Plan, folder: str) -> Json:
+    """The verdict on what a run has written, by child processes; raises what `verify` raises, and RunError where a child dies."""
+    return _verdict(config, plan, folder, weights=lambda request: answer_of_child("shardconv.checking:checked", request, ENVIRONMENT))
+
+
+def _verdict(config: Config, plan: Plan, folder: str, weights: Callable[[Request], Json]) -> Json:
+    """Both verdicts under one: "weights" and "logits" are null where the config does not ask for them."""
+    mode = config.check.mode if config.check.mode != "none" else "weights"
+    parts = {
+        "weights": weights(request_of(config, plan, folder)) if mode in ("weights", "all") else None,
+        "logits": _logits(config, plan, folder) if mode in ("logits", "all") else None,
+    }
+    problems = [problem for part in parts.values() if part is not None for problem in part["problems"]]
+    return {"mode": mode, "equal": not problems, "problems": problems, **parts}
 
 
 def checked(request: Request) -> Json:
-    """The verdict as data, found in this process."""
+    """The verdict on the weights as data, found in this process."""
     from shardconv.verify.weights import check  # and with it TensorStore
 
     return check(request).to_json()
 
 
-def check_run(config: Config, plan: Plan, folder: str) -> Json:
-    """The verdict on what a run has written, by a child process; raises what `verify` raises, and RunError where the child dies."""
-    found: Json = answer_of_child("shardconv.checking:checked", request_of(config, plan, folder))
+def compared(request: LogitRequest) -> Json:
+    """The verdict on the logits as data, found in this process; a checkpoint that no forward can read is a verdict too."""
+    check: Any = named("shardconv.verify.logits:check")  # and with it JAX
+
+    try:
+        found: Json = check(request).to_json()
+        return found
+    except CheckError as error:
+        return {"equal": False, "problems": [{"fact": one.fact, "remedy": one.remedy} for one in error.problems], "notes": []}
+
+
+def _logits(config: Config, plan: Plan, folder: str) -> Json:
+    found: Json = answer_of_child("shardconv.checking:compared", logit_request_of(config, plan, folder), _environment(config))
     return found
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """Of the process that computes logits: as many devices as the mesh has, if they are virtual; and it leaves memory to others."""
+    devices = min(math.prod(config.mesh.axes.values()), VIRTUAL_DEVICES)
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {
+        "XLA_FLAGS": flags if DEVICE_FLAG in flags else f"{flags} {DEVICE_FLAG}={devices}".strip(),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MALLOC_ARENA_MAX": ENVIRONMENT["MALLOC_ARENA_MAX"],
+    }
+
+
+def require(config: Config, plan: Plan) -> None:
+    """Raises ConfigError with all that the comparison which a config asks for lacks; reads and writes nothing."""
+    if config.check.mode not in ("logits", "all"):
+        return
+    problems: list[Problem] = []
+    for ask in (require_torch, lambda: _require_forward(config, plan), lambda: _require_prompts(config, plan)):
+        try:
+            ask()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError("the logits cannot be compared", problems)
+
+
+def _forward(config: Config, plan: Plan) -> str:
+    """Whose forward: for a model that ours does not know, and a layout that PyTorch's own module can take, that module's."""
+    if config.check.forward != "auto":
+        return config.check.forward
+    try:
+        decoder_of(plan.source.config or {})
+    except ConfigError:
+        return "torch" if plan.layout == "flat" else "auto"
+    return "auto"
+
+
+def _require_forward(config: Config, plan: Plan) -> None:
+    forward = _forward(config, plan)
+    if forward == "auto":
+        decoder_of(plan.source.config or {})
+        return
+    named("shardconv.verify.forwards:require_forward")(forward)
+
+
+def _require_prompts(config: Config, plan: Plan) -> None:
+    path = config.check.prompts
+    if path is None:
+        return
+    problems = []
+    if not os.path.isfile(path):
+        problems.append(Problem(f"check.prompts: {path} is not a file", "give a text file with a prompt in each line"))
+    if not any(name.startswith(("tokenizer", "vocab.")) for name in os.listdir(plan.source.root)):
+        remedy = 'put the tokenizer\'s files beside the weights, or set check.prompts = "none"'
+        problems.append(Problem(f"check.prompts: {plan.source.root} has no tokenizer", remedy))
+    if problems:
+        raise ConfigError("the prompts cannot be read", problems)
 
 
 def refuse_to_replace(found: Mapping[str, Any], folder: str, kept: str) -> None:
@@ -59,7 +159,7 @@ def refuse_to_replace(found: Mapping[str, Any], folder: str, kept: str) -> None:
 
 
 def request_of(config: Config, plan: Plan, folder: str) -> Request:
-    """What the check is asked for."""
+    """What the check of the weights is asked for."""
     target, sample = config.target, config.check.sample
     return Request(
         folder=os.path.abspath(folder),
@@ -71,4 +171,22 @@ def request_of(config: Config, plan: Plan, folder: str) -> Request:
         memory=worker_budget(config),
         sample=None if sample == "auto" else 0 if sample == "all" else sample,
         seed=config.check.seed,
+    )
+
+
+def logit_request_of(config: Config, plan: Plan, folder: str) -> LogitRequest:
+    """What the comparison of the logits is asked for."""
+    check = config.check
+    return LogitRequest(
+        checkpoint=os.path.abspath(folder),
+        source=os.path.abspath(plan.source.root),
+        rope=config.target.rope,
+        roundings=roundings(plan),
+        forward=_forward(config, plan),
+        lengths=check.lengths,
+        seed=check.seed,
+        prompts=None if check.prompts is None else os.path.abspath(check.prompts),
+        bounds=Bounds(check.max_abs, check.mean_abs, check.max_kl, check.factor),
+        trace=check.trace,
+        memory=this_machine().available // 2 if check.memory == "auto" else check.memory,
     )

@@ -35,7 +35,14 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Sample = Annotated[
     str | None, typer.Option(metavar="N", help='Look at N boxes of each array; "all": at every element, "auto": by size.')
 ]
+Check = Annotated[
+    str | None, typer.Option(metavar="CHECK", help='What is compared: "weights", the default, "logits", "all" of both, or "none".')
+]
+Trace = Annotated[bool, typer.Option("--trace", help="If logits differ, find the first part of the first block that does.")]
 Json = Annotated[bool, typer.Option("--json", help="The same as JSON, on stdout.")]
+
+
+_TRACED: Mapping[bool, tuple[str, ...]] = {True: ("check.trace=true",), False: ()}
 
 
 def main() -> None:
@@ -108,8 +115,9 @@ def run(
     overrides: Set = None,
     address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help='A Ray cluster; "local" starts one here.')] = None,
     executor: Annotated[Literal["ray", "local"] | None, typer.Option(help="Who does the work.")] = None,
-    check: Annotated[str | None, typer.Option(metavar="CHECK", help='Of what was written: "weights", the default, or "none".')] = None,
+    check: Check = None,
     sample: Sample = None,
+    trace: Trace = False,
     memory_budget: Annotated[str | None, typer.Option(metavar="SIZE", help='Memory for each worker\'s buffers, such as "2GiB".')] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run has finished.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")] = False,
@@ -127,7 +135,7 @@ def run(
         "check.mode": check,
         "check.sample": sample,
     }
-    loaded = load_config(config, [*(overrides or ()), *_said(flags)])
+    loaded = load_config(config, [*(overrides or ()), *_said(flags), *_TRACED[trace]])
     from shardconv.conversion import run as convert
 
     options = RunOptions(restart=restart, overwrite=overwrite, verbosity=int(verbose) - int(quiet), json_logs=json_logs)
@@ -138,21 +146,22 @@ def run(
 def verify(
     config: ConfigPath,
     overrides: Set = None,
+    check: Check = None,
     sample: Sample = None,
+    trace: Trace = False,
     as_json: Json = False,
 ) -> None:
     """Read a finished checkpoint back and compare it with its source; exits with 4 where they differ."""
-    loaded = load_config(config, [*(overrides or ()), *_said({"check.sample": sample})])
+    loaded = load_config(config, [*(overrides or ()), *_said({"check.mode": check, "check.sample": sample}), *_TRACED[trace]])
+    from shardconv.check_report import print_check
     from shardconv.checking import verify as compare
-    from shardconv.verify.verdict import raise_if_unequal, summary
+    from shardconv.verify.verdict import raise_if_unequal
 
     found = compare(loaded)
     if as_json:
         _echo_json(found)
     else:
-        typer.echo(summary(found))
-        for note in found["notes"]:
-            typer.echo(f"note: {note}")
+        print_check(found, _console())
     raise_if_unequal(found)
 
 

@@ -108,7 +108,7 @@ def _words(value: object, key: str, field: FieldInfo) -> object:
     """A value as a config file has it."""
     if value is None:
         return next(mark.word for mark in field.metadata if isinstance(mark, Absent))
-    if key in ("chunk_bytes", "memory_budget") and isinstance(value, int):
+    if key in ("chunk_bytes", "memory_budget", "memory") and isinstance(value, int):
         return format_size(value)
     if isinstance(value, Mapping):
         return {axis: rule_words(rule) if key == "rules" else rule for axis, rule in value.items()}

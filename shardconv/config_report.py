@@ -19,11 +19,10 @@ Keys = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Expected:
-    """What fits a key: in words, or one of some choices; `later` are choices that a later version has."""
+    """What fits a key: in words, or one of some choices."""
 
     words: str
     choices: tuple[object, ...] = ()
-    later: tuple[object, ...] = ()
 
 
 class Misfit(ValueError):
@@ -129,8 +128,6 @@ def _unfit(keys: Keys, data: Mapping[str, object], config: type[BaseModel]) -> P
     if not expected.choices:
         return Problem(f"{said} ({kind(value)}), expected {expected.words}")
     choices = ", ".join(toml_value(choice) for choice in expected.choices)
-    if value in expected.later:
-        return Problem(f"{said} is not in this version yet", f"the choices are {choices}")
     close = get_close_matches(str(value), [str(choice) for choice in expected.choices], n=1)
     remedy = f'did you mean "{close[0]}"? ' if close else ""
     return Problem(f"{said} is not {expected.words}", f"{remedy}the choices are {choices}")

@@ -15,6 +15,7 @@ from shardconv.budget import MIB, parse_size
 from shardconv.config_report import Expected, Keys, Misfit
 from shardconv.errors import Problem
 from shardconv.toml import toml_key, toml_value
+from shardconv.verify.logit_request import FACTOR, LENGTHS
 
 # What a target leaf may be stored as; the names are NumPy's and ml_dtypes'.
 TargetDType = Literal[
@@ -43,9 +44,15 @@ def _mesh_axes(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _float(value: object) -> object:
+    """TOML has 4 where 4.0 is meant."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, BeforeValidator(_float), Field(gt=0, allow_inf_nan=False)]
 Place = Annotated[str, Field(pattern=r"^[^\x00]+$"), Expected("a path, in quotes"), AfterValidator(os.path.expanduser)]
 # One directory name, and no dot in front: Orbax and the kernel keep those for themselves.
 DirectoryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
@@ -227,20 +234,81 @@ class CheckSection(Section):
     """What is compared after writing."""
 
     mode: Annotated[
-        Literal["none", "weights"],
-        Expected("a check", choices=("none", "weights"), later=("logits", "all")),
-        Field(description='"weights": everything is read back and compared with the source; "none": nothing is.'),
+        Literal["none", "weights", "logits", "all"],
+        Expected("a check", choices=("none", "weights", "logits", "all")),
+        Field(description='"weights": what is stored, with the source; "logits": what both models compute; "all": both; or "none".'),
     ] = "weights"
     sample: Annotated[
         Literal["auto", "all"] | Positive,
         Expected('a number of boxes, "all" or "auto"'),
-        Field(description='Boxes to look at in each array; "all" looks at every element, "auto" does up to 16 GiB per worker.'),
+        Field(description='Weights: boxes to look at in each array; "all" is every element, "auto" is that up to 16 GiB per worker.'),
     ] = "auto"
     seed: Annotated[
         Natural,
         Expected("a whole number, 0 or more"),
-        Field(description="Chooses the boxes."),
+        Field(description="Chooses the boxes, and the token ids of random sequences."),
     ] = 0
+    forward: Annotated[
+        Text,
+        Expected('"auto", "torch" or "module:function"'),
+        Field(description='Logits: the JAX side; "auto" is ours, "torch" the PyTorch module traced, "module:function" your own.'),
+    ] = "auto"
+    lengths: Annotated[
+        tuple[Annotated[int, Field(gt=1)], ...],
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+        Expected("lengths in tokens, such as [64, 160]"),
+        Field(description="Logits: tokens of each random sequence; faults of position encodings do not show in less than 64."),
+    ] = LENGTHS
+    prompts: Annotated[
+        Place | None,
+        Absent("none"),
+        _word("none"),
+        Expected('a text file, or "none"'),
+        Field(description='Logits: a text file whose lines are compared too, by the source\'s own tokenizer; or "none".'),
+    ] = None
+    max_abs: Annotated[
+        PositiveFloat | None,
+        Absent("auto"),
+        _word("auto"),
+        Expected('a number above 0, or "auto"'),
+        Field(description='Logits: the largest difference that is allowed; "auto" is `factor` times the measured noise.'),
+    ] = None
+    mean_abs: Annotated[
+        PositiveFloat | None,
+        Absent("auto"),
+        _word("auto"),
+        Expected('a number above 0, or "auto"'),
+        Field(description="Logits: the same of the mean difference."),
+    ] = None
+    max_kl: Annotated[
+        PositiveFloat | None,
+        Absent("auto"),
+        _word("auto"),
+        Expected('a number above 0, or "auto"'),
+        Field(description='Logits: the same of the largest KL divergence in nats; "auto" is `factor` squared times the noise.'),
+    ] = None
+    factor: Annotated[
+        PositiveFloat,
+        Expected("a number above 0"),
+        Field(description="Logits: how many times the measured noise the difference may be."),
+    ] = FACTOR
+    trace: Annotated[
+        Flag,
+        Field(description="Logits: if they differ, find the first part of the first block that does."),
+    ] = False
+    memory: Annotated[
+        Literal["auto"] | Positive,
+        BeforeValidator(_size),
+        Expected('a size, such as "2GiB" or "500MB", or "auto"'),
+        Field(description='Logits: arrays to hold at once; a larger checkpoint goes layer by layer; "auto" is half of what is free.'),
+    ] = "auto"
+
+    @model_validator(mode="after")
+    def _there_is_a_sample(self) -> Self:
+        if not self.lengths and self.prompts is None:
+            fact = '[check] lengths = [] and prompts = "none": no sequences to compare'
+            raise Misfit([(("lengths",), Problem(fact, "give lengths, such as [64, 160], or prompts"))])
+        return self
 
 
 def rule_words(rule: tuple[str, ...]) -> object:

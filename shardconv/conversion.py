@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from shardconv.checking import check_run, refuse_to_replace
+from shardconv.checking import check_run, refuse_to_replace, require
 from shardconv.config import Config, RunOptions
 from shardconv.errors import ShardconvError
 from shardconv.ledger import Header, Ledger
@@ -47,6 +47,7 @@ def run(config: Config, options: RunOptions) -> Json:
         config = _with_budget(config, previous)
         begun = config if previous is None else _budgeted(config, previous.budget)
         plan = plan_from_config(begun, compare_ends=True)
+        require(config, plan)
         drive(request_of(config, options), plan, stages, view.hear, save, _check_of(config, plan))
     with _errors_as_events(view):
         _show(found, options, view)

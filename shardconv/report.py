@@ -16,12 +16,13 @@ report.json, whose keys are stable:
     used_bytes             bytes of the source's tensors that the target is made of
     units                  {total, resumed (finished by earlier runs), retried (attempts that failed in this run)}
     stages                 wall seconds by stage: plan, prepare, start, units, commit, check, close
-    processes              [{role (driver, worker, commit, check), host, pid, cpu_seconds, peak_rss_bytes}]
+    processes              [{role (driver, worker, commit, weights, logits), host, pid, cpu_seconds, peak_rss_bytes}]
     executor               where the units ran
     workers                how many units at a time
     checkpoint             path of the checkpoint
     versions               of shardconv, Python and the libraries
-    check                  the verdict on what was written (`verify.verdict.Verdict`), null if none was asked for
+    check                  null if none was asked for, or {mode, equal, problems, weights (`verify.verdict.Verdict`), logits
+                           (`verify.logit_verdict.LogitVerdict`)}, of which what was not asked for is null
     notes                  what the plan had to say
 
 Figures of a conversion that was interrupted cover all of it where they speak of bytes, and its last run where they speak of time and
@@ -32,7 +33,7 @@ import platform
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import cast
+from typing import Any, cast
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -40,12 +41,12 @@ from rich.table import Table
 
 import shardconv
 from shardconv.axes import Address, Dim
+from shardconv.check_report import print_check
 from shardconv.inspecting import Listing
 from shardconv.plan import Leaf, Plan, Unit
 from shardconv.progress import amount
 from shardconv.run.driver import Outcome
 from shardconv.sharding import Spec
-from shardconv.verify.verdict import summary as check_summary
 
 LIBRARIES = ("jax", "ml_dtypes", "numpy", "orbax-checkpoint", "ray", "tensorstore")
 
@@ -100,9 +101,10 @@ def _processes(outcome: Outcome) -> Iterator[Json]:
         yield _process("worker", worker.host, worker.pid, cpu, worker.peak_rss)
     if outcome.sealed is not None:
         yield _process("commit", host, outcome.sealed.pid, outcome.sealed.cpu_seconds, outcome.sealed.peak_rss)
-    if outcome.check is not None:
-        pid, peak = (cast(int, outcome.check[key]) for key in ("pid", "peak_rss_bytes"))
-        yield _process("check", host, pid, cast(float, outcome.check["cpu_seconds"]), peak)
+    for role in ("weights", "logits"):
+        part = None if outcome.check is None else cast(Mapping[str, Any] | None, outcome.check[role])
+        if part is not None and "pid" in part:
+            yield _process(role, host, part["pid"], part["cpu_seconds"], part["peak_rss_bytes"])
 
 
 def _process(role: str, host: str, pid: int, cpu: float, peak: int) -> Json:
@@ -156,9 +158,7 @@ def print_summary(found: Json, console: Console) -> None:
     for note in cast(list[str], found["notes"]):
         console.print(f"{'note':<12}{note}")
     if isinstance(check := found["check"], Mapping):
-        console.print(f"{'check':<12}{check_summary(check)}")
-        for note in check["notes"]:
-            console.print(f"{'note':<12}{note}")
+        print_check(check, console)
 
 
 # ------------------------------------------------------------------------------------------------------------------ plan

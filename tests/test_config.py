@@ -102,7 +102,20 @@ def test_defaults(here: Path) -> None:
             "chunk_bytes": "64MiB",
         },
         "workers": {"executor": "ray", "address": "local", "count": 0, "memory_budget": "auto"},
-        "check": {"mode": "weights", "sample": "auto", "seed": 0},
+        "check": {
+            "mode": "weights",
+            "sample": "auto",
+            "seed": 0,
+            "forward": "auto",
+            "lengths": [64, 96, 160],
+            "prompts": "none",
+            "max_abs": "auto",
+            "mean_abs": "auto",
+            "max_kl": "auto",
+            "factor": 4.0,
+            "trace": False,
+            "memory": "auto",
+        },
     }
     assert (config.output.step, config.output.item, config.target.vocab_size, config.target.query_dtype) == (None, None, None, None)
     assert config.output.chunk_bytes == 64 * 2**20
@@ -299,10 +312,32 @@ def test_mesh_values_of_the_wrong_kind(here: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("mode", ["logits", "all"])
-def test_the_check_of_logits_is_not_there_yet(here: Path, mode: str) -> None:
-    assert refused(LEAST, f"check.mode={mode}") == (
-        f'  --set check.mode={mode}: [check] mode = "{mode}" is not in this version yet\n      the choices are "none", "weights"'
+@pytest.mark.parametrize("mode", ["none", "weights", "logits", "all"])
+def test_the_checks(here: Path, mode: str) -> None:
+    assert load(LEAST, f"check.mode={mode}").check.mode == mode
+
+
+def test_bounds_of_logits_are_numbers_or_measured(here: Path) -> None:
+    check = load(LEAST, "check.max_abs=1", "check.mean_abs=1e-3", "check.factor=8", 'check.max_kl="auto"').check
+    assert (check.max_abs, check.mean_abs, check.max_kl, check.factor) == (1.0, 0.001, None, 8.0)
+    assert refused(LEAST, "check.factor=0") == "  --set check.factor=0: [check] factor = 0 (an integer), expected a number above 0"
+    assert refused(LEAST, "check.max_kl=inf") == (
+        '  --set check.max_kl=inf: [check] max_kl = inf (a float), expected a number above 0, or "auto"'
+    )
+    assert refused(LEAST, "check.max_abs=true") == (
+        '  --set check.max_abs=true: [check] max_abs = true (a boolean), expected a number above 0, or "auto"'
+    )
+
+
+def test_lengths_of_sequences(here: Path) -> None:
+    assert load(LEAST, "check.lengths=[64]").check.lengths == (64,)
+    assert load(LEAST, "check.lengths=[]", "check.prompts=p.txt").check.prompts == "p.txt"
+    assert refused(LEAST, "check.lengths=[1]") == (
+        "  --set check.lengths=[1]: [check] lengths = [1] (an array), expected lengths in tokens, such as [64, 160]"
+    )
+    assert refused(LEAST, "check.lengths=[]") == (
+        '  --set check.lengths=[]: [check] lengths = [] and prompts = "none": no sequences to compare\n'
+        "      give lengths, such as [64, 160], or prompts"
     )
 
 
@@ -319,7 +354,7 @@ def test_no_sample(here: Path, sample: str) -> None:
 
 def test_a_check_that_will_never_be(here: Path) -> None:
     assert refused(LEAST + '[check]\nmode = "nome"') == (
-        '  c.toml: [check] mode = "nome" is not a check\n      did you mean "none"? the choices are "none", "weights"'
+        '  c.toml: [check] mode = "nome" is not a check\n      did you mean "none"? the choices are "none", "weights", "logits", "all"'
     )
 
 
@@ -449,6 +484,12 @@ def tables(draw: st.DrawFn) -> dict[str, dict[str, object]]:
             "chunk_bytes": draw(sizes),
         },
         "workers": {"memory_budget": draw(st.just("auto") | sizes)},
+        "check": {
+            "mode": draw(st.sampled_from(["none", "weights", "logits", "all"])),
+            "prompts": draw(st.sampled_from(["none", "prompts.txt"])),
+            "max_abs": draw(st.just("auto") | st.floats(1e-12, 1e6)),
+            "memory": draw(st.just("auto") | sizes),
+        },
     }
 
 

@@ -52,6 +52,7 @@ FLOORS: Mapping[str, int] = {
     "shardconv.config": 7,
     "shardconv.planning": 7,
     "shardconv.checking": 7,
+    "shardconv.check_report": 7,
     "shardconv.conversion": 7,
     "shardconv.report": 7,
     "shardconv.progress": 7,

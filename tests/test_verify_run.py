@@ -63,11 +63,13 @@ def test_a_run_checks_what_it_wrote(config: Config) -> None:
     found = run(config, options())
     check = found["check"]
     assert isinstance(check, dict)
-    assert (check["mode"], check["equal"], check["problems"], check["whole"], check["independent"]) == ("weights", True, [], True, True)
-    assert check["elements"] * 2 == check["bytes"] == found["target_bytes"]
-    assert check["checksums"] == check["leaves"] == 39
-    (process,) = [p for p in found["processes"] if p["role"] == "check"]  # type: ignore[attr-defined]
-    assert process["pid"] == check["pid"] and process["cpu_seconds"] > 0
+    assert (check["mode"], check["equal"], check["problems"], check["logits"]) == ("weights", True, [], None)
+    weights = check["weights"]
+    assert (weights["equal"], weights["problems"], weights["whole"], weights["independent"]) == (True, [], True, True)
+    assert weights["elements"] * 2 == weights["bytes"] == found["target_bytes"]
+    assert weights["checksums"] == weights["leaves"] == 39
+    (process,) = [p for p in found["processes"] if p["role"] == "weights"]  # type: ignore[attr-defined]
+    assert process["pid"] == weights["pid"] and process["cpu_seconds"] > 0
     assert json.loads(Path(state_path(config.output.path), "report.json").read_text())["check"] == check
 
 
@@ -86,30 +88,20 @@ def test_the_summary_has_a_line_for_the_check(config: Config) -> None:
     assert line.startswith("check       weights equal: all ") and " elements of 39 leaves, " in line
 
 
-def test_the_logits_are_not_compared_yet(config: Config) -> None:
-    code, _, err = type_in("run", file_of(config), "--check", "logits")
-    assert (code, err) == (
-        ExitCode.USAGE,
-        "error: the config is not valid (1 problem):\n"
-        '  --set check.mode="logits": [check] mode = "logits" is not in this version yet\n'
-        '      the choices are "none", "weights"\n',
-    )
-
-
 def test_the_command(config: Config) -> None:
     run(config, options())
     path = file_of(config)
     code, out, err = type_in("verify", path)
     assert (code, err) == (0, "")
-    assert out.startswith("weights equal: all ")
+    assert out.startswith("check       weights equal: all ")
     code, out, _ = type_in("verify", path, "--sample", "3", "--set", "check.seed=5", "--json")
     found = json.loads(out)
-    assert (code, found["whole"], found["seed"], found["equal"]) == (0, False, 5, True)
+    assert (code, found["weights"]["whole"], found["weights"]["seed"], found["equal"]) == (0, False, 5, True)
     assert " boxes (seed 0), " in type_in("verify", path, "--sample", "3")[1]
     change(Path(config.output.path), "final_norm", wrong_norm)
     code, out, err = type_in("verify", path)
     assert code == ExitCode.CHECK
-    assert out.startswith("weights differ in 1 place: ")
+    assert out.startswith("check       weights differ in 1 place: ")
     assert err.startswith(f"error: {TITLE} (1 problem):\n  final_norm[3] is 77 (0x429a), and should be ")
     code, out, _ = type_in("verify", path, "--json")
     assert (code, json.loads(out)["equal"]) == (ExitCode.CHECK, False)

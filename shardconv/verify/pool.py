@@ -5,7 +5,7 @@ A question is a function's name and its argument, both picklable; an answer is a
 
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any, cast
 
@@ -36,23 +36,25 @@ def answers(function: str, arguments: Sequence[object], workers: int) -> Iterato
     if workers == 1 or len(arguments) < 2:
         found: Iterator[tuple[int, object]] = (answer(function, number, argument) for number, argument in enumerate(arguments))
     else:
-        found = _from_children(function, arguments, min(workers, len(arguments)))
+        found = _from_children(function, arguments, min(workers, len(arguments)), ENVIRONMENT)
     for number, value in found:
         if isinstance(value, ShardconvError):
             raise value
         yield number, value
 
 
-def answer_of_child(function: str, argument: object) -> Any:
-    """What a function makes of its argument in a process of its own, which ends with it."""
-    ((_, value),) = _from_children(function, [argument], 1)
+def answer_of_child(function: str, argument: object, environment: Mapping[str, str]) -> Any:
+    """What a function makes of its argument in a process of its own, which ends with it; `environment` is added to ours."""
+    ((_, value),) = _from_children(function, [argument], 1, environment)
     if isinstance(value, ShardconvError):
         raise value
     return value
 
 
-def _from_children(function: str, arguments: Sequence[object], workers: int) -> Iterator[tuple[int, object]]:
-    children = [Child(ANSWER, os.devnull, ENVIRONMENT, nice=0) for _ in range(workers)]
+def _from_children(
+    function: str, arguments: Sequence[object], workers: int, environment: Mapping[str, str]
+) -> Iterator[tuple[int, object]]:
+    children = [Child(ANSWER, os.devnull, environment, nice=0) for _ in range(workers)]
     try:
         queue = list(reversed(list(enumerate(arguments))))
         busy = {}

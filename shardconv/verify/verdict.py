@@ -7,6 +7,7 @@ from typing import Any
 from shardconv.errors import CheckError, Problem
 
 TITLE = "the checkpoint is not what its source says"
+LOGITS_TITLE = "the checkpoint does not compute what its source computes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ def summary(found: Mapping[str, Any]) -> str:
 
 
 def raise_if_unequal(found: Mapping[str, Any]) -> None:
-    """Raise CheckError with the problems of a verdict as data, if it has any."""
+    """Raise CheckError with the problems of a verdict as data, of the weights or of both, if it has any."""
     if found["problems"]:
-        raise CheckError(TITLE, [Problem(problem["fact"], problem["remedy"]) for problem in found["problems"]])
+        title = TITLE if found["weights"] is not None and found["weights"]["problems"] else LOGITS_TITLE
+        raise CheckError(title, [Problem(problem["fact"], problem["remedy"]) for problem in found["problems"]])
