@@ -3,7 +3,7 @@
 A question is a function's name and its argument, both picklable; an answer is a value or an error of ours. The answers come in any order.
 """
 
-import os
+import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
@@ -54,7 +54,8 @@ def answer_of_child(function: str, argument: object, environment: Mapping[str, s
 def _from_children(
     function: str, arguments: Sequence[object], workers: int, environment: Mapping[str, str]
 ) -> Iterator[tuple[int, object]]:
-    children = [Child(ANSWER, os.devnull, environment, nice=0) for _ in range(workers)]
+    logs = tempfile.TemporaryDirectory()  # what a child says before it dies is quoted
+    children = [Child(ANSWER, f"{logs.name}/{number}", environment, nice=0) for number in range(workers)]
     try:
         queue = list(reversed(list(enumerate(arguments))))
         busy = {}
@@ -74,3 +75,4 @@ def _from_children(
     finally:
         for child in children:
             child.stop()
+        logs.cleanup()
