@@ -3,6 +3,7 @@
 A question is a function's name and its argument, both picklable; an answer is a value or an error of ours. The answers come in any order.
 """
 
+import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,8 +55,8 @@ def answer_of_child(function: str, argument: object, environment: Mapping[str, s
 def _from_children(
     function: str, arguments: Sequence[object], workers: int, environment: Mapping[str, str]
 ) -> Iterator[tuple[int, object]]:
-    logs = tempfile.TemporaryDirectory()  # what a child says before it dies is quoted
-    children = [Child(ANSWER, f"{logs.name}/{number}", environment, nice=0) for number in range(workers)]
+    logs = tempfile.mkdtemp()  # what a child says before it dies is quoted
+    children = [Child(ANSWER, f"{logs}/{number}", environment, nice=0) for number in range(workers)]
     try:
         queue = list(reversed(list(enumerate(arguments))))
         busy = {}
@@ -75,4 +76,4 @@ def _from_children(
     finally:
         for child in children:
             child.stop()
-        logs.cleanup()
+        shutil.rmtree(logs, ignore_errors=True)
