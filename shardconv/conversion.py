@@ -14,12 +14,14 @@ from rich.console import Console
 
 from shardconv.checking import check_run, refuse_to_replace, require
 from shardconv.config import Config, RunOptions
-from shardconv.errors import ShardconvError
+from shardconv.errors import ConfigError, ShardconvError
 from shardconv.ledger import Header, Ledger
+from shardconv.page import PAGE, write_page
 from shardconv.plan import Plan
 from shardconv.planning import plan_from_config, worker_budget
 from shardconv.progress import JsonLines, View, watching
 from shardconv.report import Json, figures, print_summary, versions
+from shardconv.run import Note
 from shardconv.run.driver import Check, Outcome, Stages, drive
 from shardconv.run.job import Place, state_path
 from shardconv.run.preflight import Request
@@ -49,6 +51,7 @@ def run(config: Config, options: RunOptions) -> Json:
         plan = plan_from_config(begun, compare_ends=True)
         require(config, plan)
         drive(request_of(config, options), plan, stages, view.hear, save, _check_of(config, plan))
+        _leave_page(found, state_path(config.output.path), view)
     with _errors_as_events(view):
         _show(found, options, view)
         if isinstance(verdict := found["check"], dict):
@@ -80,6 +83,14 @@ def _check_of(config: Config, plan: Plan) -> Check | None:
         return found
 
     return check
+
+
+def _leave_page(found: Json, state: str, view: View) -> None:
+    """report.html beside report.json; that it cannot be written is worth a note and undoes nothing."""
+    try:
+        write_page(found, os.path.join(state, PAGE))
+    except ConfigError as error:
+        view.hear(Note(str(error)))
 
 
 def _show(found: Json, options: RunOptions, view: View) -> None:

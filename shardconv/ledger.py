@@ -2,7 +2,7 @@
 
 `OUT.shardconv/` holds `plan.json` (the plan, for the workers), `job.json` (what is being made from what; a state without it is none),
 `done/<unit>.json` (one small file per unit, so no two processes ever write one file), `workers/` (heartbeats), `lock` (shardconv.lock), and
-after success only `report.json`.
+after success only `report.json`; whoever asked for the run may put a page beside it.
 
 A record appears complete or not at all: it is written under another name, synced, and linked into place, and only after the unit's data are
 durable. The first record of a unit wins; a second attempt (a worker that was believed dead) learns that it lost and drops its data.

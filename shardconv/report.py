@@ -2,6 +2,9 @@
 
 report.json, whose keys are stable:
 
+    source                 path of the source
+    family                 whose names and shapes the source has
+    layout                 whose the checkpoint has
     source_bytes           bytes of all tensors of the source
     target_bytes           bytes of all leaves of the target, as arrays in memory
     bytes_read             bytes read from the source's tensors, by the attempt of each unit that counts
@@ -16,6 +19,7 @@ report.json, whose keys are stable:
     used_bytes             bytes of the source's tensors that the target is made of
     units                  {total, resumed (finished by earlier runs), retried (attempts that failed in this run)}
     stages                 wall seconds by stage: plan, prepare, start, units, commit, check, close
+    throughput             {slice_seconds, bytes}: of the target, in slices of the time in which this run made units
     processes              [{role (driver, worker, commit, weights, logits), host, pid, cpu_seconds, peak_rss_bytes}]
     executor               where the units ran
     workers                how many units at a time
@@ -47,6 +51,7 @@ from shardconv.plan import Leaf, Plan, Unit
 from shardconv.progress import amount
 from shardconv.run.driver import Outcome
 from shardconv.sharding import Spec
+from shardconv.throughput import throughput
 
 LIBRARIES = ("jax", "ml_dtypes", "numpy", "orbax-checkpoint", "ray", "tensorstore")
 
@@ -59,6 +64,9 @@ def figures(outcome: Outcome) -> Json:
     read, written, used = _total(records, "bytes_read"), _total(records, "bytes_written"), used_bytes(plan)
     processes = list(_processes(outcome))
     return {
+        "source": plan.source.root,
+        "family": plan.family,
+        "layout": plan.layout,
         "source_bytes": plan.source.total_bytes,
         "target_bytes": plan.target_bytes,
         "bytes_read": read,
@@ -73,6 +81,7 @@ def figures(outcome: Outcome) -> Json:
         "used_bytes": used,
         "units": {"total": len(plan.units), "resumed": outcome.resumed, "retried": outcome.retried},
         "stages": dict(outcome.stages),
+        "throughput": throughput(outcome.finished, {unit.number: unit.bytes_written for unit in plan.units}),
         "processes": processes,
         "executor": outcome.where,
         "workers": outcome.slots,

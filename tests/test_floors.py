@@ -55,6 +55,8 @@ FLOORS: Mapping[str, int] = {
     "shardconv.check_report": 7,
     "shardconv.conversion": 7,
     "shardconv.report": 7,
+    "shardconv.throughput": 7,
+    "shardconv.page": 7,
     "shardconv.progress": 7,
     "shardconv.inspecting": 7,
     "shardconv.init": 7,

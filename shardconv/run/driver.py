@@ -58,7 +58,8 @@ class Outcome:
     """A finished conversion: what was done and what it took; seconds are wall time by stage, memory in bytes.
 
     `records` are all units' (`run.work.Done`), those of earlier runs included; `workers` and `sealed` are of this run alone. `check` is the
-    verdict on what was written, None where nobody asked.
+    verdict on what was written, None where nobody asked. `finished` are this run's units, each with the seconds since units began, by the
+    driver's clock.
     """
 
     plan: Plan
@@ -76,6 +77,7 @@ class Outcome:
     driver_pid: int
     driver_cpu_seconds: float
     driver_peak_rss: int
+    finished: Sequence[tuple[float, Finished]] = ()
 
 
 class Stages:
@@ -184,6 +186,7 @@ class _Run:
         self._ready = Ready(0, "nobody")
         self._begun = time.perf_counter()
         self._retried = 0
+        self._finished: list[tuple[float, Finished]] = []
 
     def go(self) -> Outcome:
         prepared = prepare(self._request, self._plan, self._ledger)
@@ -253,6 +256,8 @@ class _Run:
             self._stages.enter("units")
         elif isinstance(event, Retried):
             self._retried += 1
+        elif isinstance(event, Finished):
+            self._finished.append((time.perf_counter() - self._begun, event))
         self._tell(event)
 
     def _name(self, unit: int) -> str:
@@ -302,6 +307,7 @@ class _Run:
             driver_pid=os.getpid(),
             driver_cpu_seconds=time.process_time(),
             driver_peak_rss=memory()[1],
+            finished=tuple(self._finished),
         )
 
 
