@@ -169,13 +169,14 @@ def verify(
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint to convert, or an Orbax checkpoint.")],
     match: Annotated[str | None, typer.Option(metavar="GLOB", help="Only names that match, such as '*.q_proj.*'.")] = None,
+    prefix: Annotated[str, typer.Option(metavar="KEY", help="Of a PyTorch file with several state dicts, the key of one.")] = "",
     as_json: Json = False,
 ) -> None:
     """List the tensors of a checkpoint: names, shapes, dtypes, bytes, files; reads headers only."""
     from shardconv.inspecting import inspect as inspect_path
     from shardconv.report import listing_json, print_listing
 
-    listing = inspect_path(path, match)
+    listing = inspect_path(path, match, prefix)
     if as_json:
         _echo_json(listing_json(listing))
     else:

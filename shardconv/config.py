@@ -66,8 +66,8 @@ class Config(Section):
 
         Left out: the source's path (its fingerprint speaks for it), the output's path, the workers and the check.
         """
-        chosen = self.model_dump(mode="json", include={"model", "target", "mesh", "output"})
-        del chosen["output"]["path"]
+        chosen = self.model_dump(mode="json", include={"source", "model", "target", "mesh", "output"})
+        del chosen["source"]["path"], chosen["output"]["path"]
         chosen["mesh"]["axes"] = [list(pair) for pair in chosen["mesh"]["axes"].items()]  # the order of mesh axes counts
         return {f"{section}.{key}": value for section, keys in chosen.items() for key, value in keys.items()}
 

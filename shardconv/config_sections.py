@@ -71,8 +71,15 @@ class SourceSection(Section):
 
     path: Annotated[
         Place,
-        Field(description="A directory of .safetensors files, one such file, or an index .json; relative to where the program starts."),
+        Field(description="A directory of .safetensors or .bin files, one such file, or an index; relative to where the program starts."),
     ]
+    prefix: Annotated[
+        Text | None,
+        Absent("auto"),
+        _word("auto"),
+        Expected("a key, in quotes"),
+        Field(description='The key of a PyTorch file whose tensors to take, such as "model"; "auto" finds it where one has any.'),
+    ] = None
 
 
 class ModelSection(Section):

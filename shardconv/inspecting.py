@@ -39,8 +39,11 @@ class Listing:
         return sum(entry.nbytes for entry in self.entries)
 
 
-def inspect(path: str, match: str | None) -> Listing:
-    """Lists the checkpoint at `path`, restricted to names that match a glob; raises InputError where there is none."""
+def inspect(path: str, match: str | None, prefix: str = "") -> Listing:
+    """Lists the checkpoint at `path`, restricted to names that match a glob; raises InputError where there is none.
+
+    `prefix` is the key of a PyTorch file's state dict, where it has several.
+    """
     from shardconv.sinks.listing import pytrees  # tensorstore is not needed to list a source
 
     unfinished = _unfinished(path)
@@ -48,7 +51,7 @@ def inspect(path: str, match: str | None) -> Listing:
     if folders:
         found, form, notes = [entry for folder in folders for entry in _stored(path, folder)], "orbax", unfinished
     else:
-        source = _source(path, unfinished)
+        source = _source(path, prefix, unfinished)
         found = [Entry(t.name, t.shape, t.dtype, t.nbytes, t.file) for t in source.tensors.values()]
         form, notes = source.format, source.notes
     entries = tuple(sorted((entry for entry in found if _wanted(entry, match)), key=_natural))
@@ -56,10 +59,10 @@ def inspect(path: str, match: str | None) -> Listing:
     return Listing(path, form, entries, (*notes, *hint))
 
 
-def _source(path: str, unfinished: Sequence[str]) -> Source:
+def _source(path: str, prefix: str, unfinished: Sequence[str]) -> Source:
     """A checkpoint to convert; where there is none, what is there instead is a conversion that has not ended."""
     try:
-        return open_source(path)
+        return open_source(path, prefix)
     except InputError:
         if not unfinished:
             raise

@@ -23,7 +23,7 @@ def plan_from_config(config: Config, *, compare_ends: bool = False) -> Plan:
     `compare_ends` reads the embedding and the output projection where config.json calls them tied and both are there; without it
     nothing but headers is read, and they are taken as equal.
     """
-    source = open_source(config.source.path)
+    source = open_source(config.source.path, config.source.prefix or "")
     if source.config is None:
         fact = f"{source.root} has no config.json"
         raise InputError("the model's numbers are not known", [Problem(fact, "put the checkpoint's config.json beside its weights")])

@@ -5,6 +5,9 @@ table of tensors by name. Everything that can be wrong with it is found now, ove
 report: a conversion of 163 files should not stop at the 162nd for want of a byte. What is odd but harmless becomes a
 note.
 
+There are two forms: safetensors, and what `torch.save` writes. Where a directory has both, they are the same weights by
+the habit of those who publish them, and the safetensors are taken.
+
 An index is authoritative where there is one: no directory is searched for more files, whatever lies beside it. Headers
 are read by several threads, which hide the latency of a network disk. `Source` holds plain values: it goes into a plan,
 through JSON and into workers.
@@ -19,30 +22,53 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from shardconv.errors import InputError, Problem
+from shardconv.formats import FileHeader
 from shardconv.formats import SourceFile as SourceFile
 from shardconv.formats import StoredTensor as StoredTensor
 from shardconv.formats.index import listed, missing_files, parse_index, reconcile
-from shardconv.formats.safetensors import FileHeader, read_header
+from shardconv.formats.pytorch import read_torch
+from shardconv.formats.safetensors import read_header
 from shardconv.formats.strict_json import read_object
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-_INDEX_SUFFIX = ".safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".bin.index.json")
 # Headers in flight: enough to hide a network disk's latency of tens of milliseconds over 163 files. Parsing itself
 # holds the interpreter's lock, so more threads do not help a local disk.
 _THREADS = 8
 # What a `num_hidden_layers` in config.json may stand under, for models with a vision tower.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _LAYER = re.compile(r"(?:model\.|language_model\.)*layers\.([0-9]+)\.")
+# What trainers leave beside the weights, in PyTorch's format too.
+_NO_WEIGHTS = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states)[^/]*")
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """A format by the names of its files: what messages call it, the standard index and single file, and the suffixes."""
+
+    format: str
+    word: str
+    index: str
+    single: str
+    suffixes: tuple[str, ...]
+
+    def is_index(self, name: str) -> bool:
+        return name.endswith(os.path.splitext(self.single)[1] + ".index.json")
+
+    def is_file(self, name: str) -> bool:
+        return name.endswith(self.suffixes)
+
+
+_SAFETENSORS = _Form("safetensors", ".safetensors", "model.safetensors.index.json", "model.safetensors", (".safetensors",))
+_PYTORCH = _Form("pytorch", "PyTorch", "pytorch_model.bin.index.json", "pytorch_model.bin", (".bin", ".pt", ".pth", ".ckpt"))
+_FORMS = (_SAFETENSORS, _PYTORCH)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """A checkpoint: its tensors by name, the files they lie in, its config.json if there is one, and what is odd.
 
-    Two names may be one tensor's (same file, same bytes) where the checkpoint says that one was left out for the other.
+    Two names may be one tensor's (same file, same bytes) where the checkpoint says that one was left out for the other, or
+    stores both in one place. `prefix` is where in PyTorch files the tensors are, "" to find out.
     """
 
     root: str
@@ -51,6 +77,7 @@ class Source:
     files: Mapping[str, SourceFile]
     config: Mapping[str, object] | None
     notes: tuple[str, ...]
+    prefix: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -65,10 +92,11 @@ class Source:
         return digest.hexdigest()
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """Read all headers of the checkpoint at `path`: a directory, a .safetensors file, or an index.
+def open_source(path: str | os.PathLike[str], prefix: str = "") -> Source:
+    """Read all headers of the checkpoint at `path`: a directory, a .safetensors file, a PyTorch file, or an index.
 
-    Raises InputError with every problem of every file.
+    `prefix` is the key of a PyTorch file's state dict, where it has several. Raises InputError with every problem of every
+    file.
     """
     path = os.path.abspath(path)
     title = f"{path} cannot be read as a checkpoint"
@@ -84,48 +112,44 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         if wanted and not present:
             raise _no_such_path(path)
         entry = wanted or _entry(root, present)
-        if entry.endswith(_INDEX_SUFFIX):
-            return _from_index(root, entry, present)
-        if entry.endswith(".safetensors"):
-            return _from_file(root, entry, present)
-        raise _stop(*_not_ours(entry))
+        form = next((form for form in _FORMS if form.is_index(entry) or form.is_file(entry)), None)
+        if form is None:
+            fact = f"{entry} is neither a .safetensors file, nor a PyTorch file, nor an index of such files"
+            raise _stop(fact, "give a directory, a .safetensors file, a .bin or .pth file, or an index")
+        if prefix and form is _SAFETENSORS:
+            fact = f"source.prefix is {prefix!r}, and {entry} is safetensors, which keeps no tensors under a key"
+            raise _stop(fact, 'set source.prefix = "auto"')
+        source = (_from_index if form.is_index(entry) else _from_file)(root, entry, present, form, prefix)
     except InputError as error:
         raise InputError(title, error.problems) from error
+    other = [name for name in (_PYTORCH.index, _PYTORCH.single) if name in present]
+    if not wanted and form is _SAFETENSORS and other:
+        source = replace(source, notes=(*source.notes, f"{other[0]} is left unread, since there are .safetensors files"))
+    return source
 
 
 def _entry(root: str, present: list[str]) -> str:
     """The name of the file to start from in a directory: an index, else the only model file."""
-    for standard in (INDEX, SINGLE):
-        if standard in present:
-            return standard
-    indices = sorted(name for name in present if name.endswith(_INDEX_SUFFIX))
-    files = sorted(name for name in present if name.endswith(".safetensors"))
-    if len(indices or files) == 1:
-        return (indices or files)[0]
-    if indices:
-        fact = f"{root} has {len(indices)} indices and none is {INDEX}: {listed(indices)}"
-        raise _stop(fact, "give the path of one of them")
-    if files:
-        fact = f"{root} has {len(files)} .safetensors files and no index: {listed(files)}"
-        raise _stop(fact, f"download {INDEX} too, or give the path of one file")
-    pickles = sorted(name for name in present if name.endswith(_PICKLES))
-    if pickles:
-        raise _stop(*_not_ours(pickles[0]))
-    fact = f"{root} has no .safetensors files; it has {listed(sorted(present))}" if present else f"{root} is empty"
-    raise _stop(fact, "give the directory that holds the .safetensors files")
+    for form in _FORMS:
+        for standard in (form.index, form.single):
+            if standard in present:
+                return standard
+        indices = sorted(name for name in present if form.is_index(name))
+        files = sorted(name for name in present if form.is_file(name) and not _NO_WEIGHTS.fullmatch(name))
+        if len(indices or files) == 1:
+            return (indices or files)[0]
+        if indices:
+            fact = f"{root} has {len(indices)} indices and none is {form.index}: {listed(indices)}"
+            raise _stop(fact, "give the path of one of them")
+        if files:
+            fact = f"{root} has {len(files)} {form.word} files and no index: {listed(files)}"
+            raise _stop(fact, f"download {form.index} too, or give the path of one file")
+    what = f"has neither .safetensors nor PyTorch files; it has {listed(sorted(present))}" if present else "is empty"
+    raise _stop(f"{root} {what}", "give the directory that holds the weights")
 
 
 def _stop(fact: str, remedy: str) -> InputError:
     return InputError(fact, [Problem(fact, remedy)])
-
-
-def _not_ours(name: str) -> tuple[str, str]:
-    """Why a file that is there is not read, and what to do."""
-    if name.endswith(_PICKLES):
-        fact = f"{name}: PyTorch .bin files are not read yet; shardconv reads .safetensors"
-        return fact, "download the .safetensors files, or load and save the model with transformers, which writes them"
-    fact = f"{name} is neither a .safetensors file nor an index ({INDEX})"
-    return fact, "give a directory, a .safetensors file or an index"
 
 
 def _no_such_path(path: str) -> InputError:
@@ -138,41 +162,43 @@ def _no_such_path(path: str) -> InputError:
     return _stop(f"{path} does not exist", hint)
 
 
-def _from_file(root: str, name: str, present: list[str]) -> Source:
+def _from_file(root: str, name: str, present: list[str], form: _Form, prefix: str) -> Source:
     """A checkpoint in one file."""
-    headers, problems = _headers(root, [name])
+    headers, problems = _headers(root, [name], prefix)
     config = _config(root, present, problems)
     if problems:
         raise InputError(f"{root} has problems", problems)
     header = headers[name]
     notes = []
-    for index in sorted(file for file in present if file.endswith(_INDEX_SUFFIX)):
+    for index in sorted(file for file in present if form.is_index(file)):
         notes.append(f"only {name} is read, as asked; {index} beside it describes a checkpoint in several files")
-    return _source(root, headers, header.tensors, header.aliases, config, notes)
+    return _source(root, form, prefix, headers, header.tensors, header.aliases, config, notes)
 
 
-def _from_index(root: str, name: str, present: list[str]) -> Source:
+def _from_index(root: str, name: str, present: list[str], form: _Form, prefix: str) -> Source:
     """A checkpoint in several files, as its index says."""
     index = parse_index(name, _read(root, name))
     problems = missing_files(index, present)
     there = set(present)
-    headers, broken = _headers(root, [file for file in index.files if file in there])
+    headers, broken = _headers(root, [file for file in index.files if file in there], prefix)
     problems += broken
     config = _config(root, present, problems)
     tensors, wrong, notes = reconcile(index, headers, may_miss=lambda key: is_extra_layer(key, config))
     problems += wrong
     if problems:
         raise InputError(f"{root} has problems", problems)
-    if SINGLE in present and SINGLE not in index.files:
-        notes.append(f"{SINGLE} is left unread, since {name} does not name it")
+    if form.single in present and form.single not in index.files:
+        notes.append(f"{form.single} is left unread, since {name} does not name it")
     aliases = dict(index.aliases)
     for header in headers.values():
         aliases.update(header.aliases)
-    return _source(root, headers, tensors, aliases, config, notes)
+    return _source(root, form, prefix, headers, tensors, aliases, config, notes)
 
 
 def _source(
     root: str,
+    form: _Form,
+    prefix: str,
     headers: Mapping[str, FileHeader],
     tensors: Mapping[str, StoredTensor],
     aliases: Mapping[str, str],
@@ -184,17 +210,23 @@ def _source(
         if kept in tensors and alias not in tensors:
             named[alias] = replace(tensors[kept], name=alias)
     files = {file: header.file for file, header in headers.items()}
-    return Source(root, "safetensors", named, files, config, tuple(notes))
+    odd = (note for header in headers.values() for note in header.notes)
+    return Source(root, form.format, named, files, config, (*notes, *odd), prefix)
 
 
-def _headers(root: str, names: list[str]) -> tuple[dict[str, FileHeader], list[Problem]]:
+def _header(root: str, name: str, prefix: str) -> FileHeader:
+    """The header of a file of either form; an index only names files of its own form."""
+    return read_torch(root, name, prefix) if _PYTORCH.is_file(name) else read_header(root, name)
+
+
+def _headers(root: str, names: list[str], prefix: str) -> tuple[dict[str, FileHeader], list[Problem]]:
     """Read headers in parallel: those that are good, and the problems of the others."""
     headers: dict[str, FileHeader] = {}
     problems: list[Problem] = []
 
     def attempt(name: str) -> FileHeader | InputError:
         try:
-            return read_header(root, name)
+            return _header(root, name, prefix)
         except InputError as error:
             return error
 
@@ -255,7 +287,7 @@ def check_unchanged(source: Source) -> list[Problem]:
                 continue
             if stat.st_size != file.size:
                 how = f"it had {file.size} bytes and has {stat.st_size}"
-            elif read_header(source.root, name).file.header_digest != file.header_digest:
+            elif _header(source.root, name, source.prefix).file.header_digest != file.header_digest:
                 how = "its header is another one"
             else:
                 how = "it was written to; its size and header are the same"

@@ -81,7 +81,7 @@ def test_the_mesh_keeps_its_order_and_rules_are_tuples(here: Path) -> None:
 def test_defaults(here: Path) -> None:
     config = load(LEAST)
     assert tomllib.loads(config.to_toml()) == {
-        "source": {"path": "in"},
+        "source": {"path": "in", "prefix": "auto"},
         "model": {"family": "auto", "ignore": []},
         "target": {
             "layout": "flat",
@@ -235,7 +235,7 @@ def test_all_mistakes_come_in_one_report(here: Path) -> None:
         """
     assert refused(text) == (
         "  c.toml: [source] path is missing\n"
-        "      path: A directory of .safetensors files, one such file, or an index .json; relative to where the program starts.\n"
+        "      path: A directory of .safetensors or .bin files, one such file, or an index; relative to where the program starts.\n"
         '  c.toml: [source] has no key "pth"\n'
         '      did you mean "path"?\n'
         '  c.toml: [target] scan_layers = "yes" (a string), expected true or false\n'
@@ -278,7 +278,7 @@ def test_all_mistakes_come_in_one_report(here: Path) -> None:
 def test_an_empty_config_misses_keys_and_not_sections(here: Path) -> None:
     assert refused("") == (
         "  c.toml: [source] path is missing\n"
-        "      path: A directory of .safetensors files, one such file, or an index .json; relative to where the program starts.\n"
+        "      path: A directory of .safetensors or .bin files, one such file, or an index; relative to where the program starts.\n"
         "  c.toml: [target] layout is missing\n"
         "      layout: Whose names and shapes to write: one that `shardconv layouts` lists.\n"
         "  c.toml: [output] path is missing\n"

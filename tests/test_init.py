@@ -55,7 +55,7 @@ def test_the_config_of_a_llama(here: Path) -> None:
         "# `shardconv plan configs.toml` shows what this gives, and writes nothing.\n"
         "\n"
         "[source]\n"
-        "# A directory of .safetensors files, one such file, or an index .json; relative to where the program starts.\n"
+        "# A directory of .safetensors or .bin files, one such file, or an index; relative to where the program starts.\n"
         'path = "Llama-3.1-70B"\n'
     )
     config = load_config("configs.toml")

@@ -18,7 +18,7 @@ from shardconv.formats.writing import NewTensor, write_checkpoint
 from shardconv.source import Source, SourceFile, StoredTensor, check_unchanged, open_source
 
 INDEX = "model.safetensors.index.json"
-GIVE = "give the directory that holds the .safetensors files"
+GIVE = "give the directory that holds the weights"
 
 
 def ones(*names: str) -> dict[str, np.ndarray]:
@@ -125,25 +125,14 @@ def test_an_empty_directory(tmp_path):
 def test_a_directory_without_a_checkpoint(tmp_path):
     for name in "config.json", "README.md":
         (tmp_path / name).write_text("{}")
-    assert failure(tmp_path) == (f"{tmp_path} has no .safetensors files; it has README.md, config.json", GIVE)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"])
-@pytest.mark.parametrize("by_path", [False, True])
-def test_only_bin_files(name, by_path, tmp_path):
-    (tmp_path / name).write_bytes(b"PK")
-    (tmp_path / "config.json").write_text("{}")
-    assert failure(tmp_path / name if by_path else tmp_path) == (
-        f"{name}: PyTorch .bin files are not read yet; shardconv reads .safetensors",
-        "download the .safetensors files, or load and save the model with transformers, which writes them",
-    )
+    assert failure(tmp_path) == (f"{tmp_path} has neither .safetensors nor PyTorch files; it has README.md, config.json", GIVE)
 
 
 def test_another_kind_of_file(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert failure(tmp_path / "model.gguf") == (
-        f"model.gguf is neither a .safetensors file nor an index ({INDEX})",
-        "give a directory, a .safetensors file or an index",
+        "model.gguf is neither a .safetensors file, nor a PyTorch file, nor an index of such files",
+        "give a directory, a .safetensors file, a .bin or .pth file, or an index",
     )
 
 

@@ -33,3 +33,13 @@ class SourceFile:
     size: int
     mtime_ns: int
     header_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileHeader:
+    """What one file holds: its tensors by name, the names left out for an equal tensor (alias -> kept), and what is odd about it."""
+
+    file: SourceFile
+    tensors: dict[str, StoredTensor]
+    aliases: dict[str, str]
+    notes: tuple[str, ...] = ()

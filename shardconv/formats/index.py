@@ -12,12 +12,12 @@ and readers that take whatever they find load wrong weights without a word, so e
 Names come from somebody else: a file name in an index may only be a plain name in the same directory.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from shardconv.errors import InputError, Problem
-from shardconv.formats import StoredTensor
-from shardconv.formats.safetensors import FileHeader
+from shardconv.formats import FileHeader, StoredTensor
 from shardconv.formats.strict_json import AGAIN, read_object
 
 # Names after which a list in a message says "and N more": a line or two of a terminal.
@@ -66,13 +66,14 @@ def parse_index(name: str, raw: bytes) -> Index:
 
 
 def _file_name_problems(name: str, files: Iterable[str]) -> Iterator[Problem]:
+    suffix = os.path.splitext(name.removesuffix(".index.json"))[1]
     for file in files:
         if not file or file in (".", "..") or "/" in file or "\\" in file or "\0" in file:
             fact = f"{name} maps tensors to {file!r}, which is not the name of a file in the same directory"
             yield Problem(fact, "an index may only name files beside it; do not trust this one")
-        elif not file.endswith(".safetensors"):
-            fact = f"{name} maps tensors to {file}, which is not a .safetensors file"
-            yield Problem(fact, "give the index of the .safetensors files")
+        elif not file.endswith(suffix):
+            fact = f"{name} maps tensors to {file}, which is not a {suffix} file"
+            yield Problem(fact, f"give the index of the {suffix} files")
 
 
 def missing_files(index: Index, present: Iterable[str]) -> list[Problem]:
@@ -118,7 +119,9 @@ def reconcile(
     facts = [*_sentences(_WRONG_FILE, index, wrong), *_sentences(_NOWHERE, index, nowhere)]
     notes = [*_sentences(_NOWHERE, index, allowed), *_notes_on_surplus(index, elsewhere, tensors)]
     size = sum(tensor.nbytes for tensor in tensors.values())
-    if len(tensors) == len(index.weight_map) and index.total_size not in (None, size):
+    once = sum(nbytes for _, _, nbytes in {(t.file, t.offset, t.nbytes) for t in tensors.values()})
+    # writers differ in whether two names of one tensor count twice
+    if len(tensors) == len(index.weight_map) and index.total_size not in (None, size, once):
         notes.append(f"{index.name} says total_size {index.total_size}, but its tensors have {size} bytes")
     return tensors, [Problem(fact, _ONE_REVISION) for fact in facts], notes
 

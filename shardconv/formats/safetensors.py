@@ -19,13 +19,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, BinaryIO
 
 from shardconv.dtypes import DTYPES, DType
 from shardconv.errors import InputError, Problem
-from shardconv.formats import SourceFile, StoredTensor
+from shardconv.formats import FileHeader, SourceFile, StoredTensor
 from shardconv.formats.strict_json import AGAIN, read_object
 
 METADATA = "__metadata__"
@@ -42,15 +41,6 @@ LFS_POINTER = b"version https://git-lfs"
 _REWRITE = "write this file again with the safetensors library"
 _FIELDS = ("dtype", "shape", "data_offsets")
 _CODES: dict[str, DType] = {d.code: d for d in DTYPES}
-
-
-@dataclass(frozen=True, slots=True)
-class FileHeader:
-    """What one file holds: its tensors by name, and the names left out for an equal tensor (alias -> kept)."""
-
-    file: SourceFile
-    tensors: dict[str, StoredTensor]
-    aliases: dict[str, str]
 
 
 def read_header(root: str, name: str) -> FileHeader:
