@@ -3,6 +3,7 @@
 # make lint   lint and types only
 # make bench  measure the figures of docs/benchmarks.md again; needs 30 GB of disk and a quarter of an hour
 # make mutate seed faults into the algebra and see its tests kill them; four minutes
+# make faults seed faults into conversions and see the checks catch them, and sound ones pass; a quarter of an hour
 # make orbax  the store's tests under every Orbax that is said to work; ten minutes
 # make clean  remove what these leave behind
 #
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 PLAIN := .venv/plain-$(notdir $(PYTHON))
 FULL := .venv/$(EXTRAS)-$(notdir $(PYTHON))
 
-.PHONY: demo test lint bench mutate orbax clean
+.PHONY: demo test lint bench mutate faults orbax clean
 
 demo: $(PLAIN)/.ready
 	$(PLAIN)/bin/python -m shardconv.demo build/demo
@@ -35,6 +36,10 @@ bench: $(FULL)/.ready
 
 mutate: $(FULL)/.ready
 	$(FULL)/bin/python scripts/mutate.py
+
+faults: $(FULL)/.ready
+	$(FULL)/bin/python scripts/faults/suite.py
+	$(FULL)/bin/python scripts/faults/suite.py --clean 50
 
 orbax:
 	PYTHON=$(PYTHON) sh scripts/test_orbax_versions.sh

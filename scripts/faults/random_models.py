@@ -15,7 +15,7 @@ def random_conversion(seed: int) -> Conversion:
     layout = choose.choice(["flat", "maxtext"])
     kv_heads, groups, head_dim = choose.choice([1, 2, 4]), choose.choice([1, 2, 3]), choose.choice([8, 16, 32])
     heads = kv_heads * groups
-    embed = heads * head_dim if family == "qwen2" else choose.choice([24, 48, 64, 80])
+    embed = heads * head_dim if family == "qwen2" else heads * choose.choice([8, 12, 16, 20])
     vocab = choose.randrange(40, 400)
     settings: dict[str, object] = {
         "hidden_size": embed,
