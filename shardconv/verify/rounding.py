@@ -54,9 +54,11 @@ def widened(array: Array) -> Array:
     if array.dtype == np.float64 or array.dtype == np.float32:
         return array
     if array.dtype.name == "bfloat16":
-        return (bits(array).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        wide = bits(array).astype(np.uint32)
+        wide <<= np.uint32(16)
+        return wide.view(np.float32)
     if array.dtype.itemsize == 1 and is_float(array.dtype.name):
-        return np.asarray(_decoded(array.dtype.name)[bits(array)])
+        return np.asarray(decoded(array.dtype.name)[bits(array)])
     return array.astype(np.float32)
 
 
@@ -68,9 +70,13 @@ def rounded(values: Array, dtype: str) -> Array:
     single = values.astype(np.float32, copy=False)
     if dtype == "bfloat16":
         raw = bits(single)
-        up = np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))
-        top = ((raw + up) >> np.uint32(16)).astype(np.uint16)
-        return np.where(np.isnan(single), np.uint16(0x7FC0), top).view(target)
+        sums = raw >> np.uint32(16)
+        sums &= np.uint32(1)
+        sums += np.uint32(0x7FFF)
+        sums += raw
+        sums >>= np.uint32(16)
+        top, nan = sums.astype(np.uint16), np.isnan(single)
+        return (np.where(nan, np.uint16(0x7FC0), top) if nan.any() else np.asarray(top)).view(target)
     return _rounded_to_byte(single, dtype)
 
 
@@ -89,7 +95,7 @@ def _rounded_to_byte(values: Array, dtype: str) -> Array:
 
 
 @cache
-def _decoded(dtype: str) -> Array:
+def decoded(dtype: str) -> Array:
     """The values of all 256 patterns."""
     return np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float32)
 
@@ -97,7 +103,7 @@ def _decoded(dtype: str) -> Array:
 @cache
 def _ladder(dtype: str) -> tuple[Array, int, int]:
     """The non-negative finite values in order, and the next one there would be; the patterns of NaN and of what is too large."""
-    values = _decoded(dtype)[:128]
+    values = decoded(dtype)[:128]
     finite = values[np.isfinite(values)]
     nan = 0x80 if dtype.endswith("fnuz") else 0x7F
     over = len(finite) - 1 if dtype in SATURATES else nan if dtype in NO_INFINITY else len(finite)

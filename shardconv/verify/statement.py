@@ -6,12 +6,14 @@ says: of every layer take the whole tensor, rearrange "(n h) d -> d n h", and st
 numbers in the tensor's name. Letters are those of the field's tables: d hidden, f intermediate, n query heads, k key and value heads,
 h head dim, v vocabulary, x experts, l layers. A leaf may have several origins, side by side (`put`); what no origin fills is zero.
 
-`blocks` gives the values that belong into a box of the leaf, in pieces of bounded size: some rows of one tensor at a time.
+`blocks` gives the values that belong into a box of the leaf, in pieces of bounded size: some rows of one tensor at a time. A block is a
+view of the rows that were read: a dim of several axes, `(p two)`, which would have to be copied together, stays several dims, and what is
+held against it is cut up instead.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any
@@ -76,12 +78,31 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What belongs into a box of a leaf: `values`, however they lie in memory, made of `source`, which is of tensor `key`, in its dtype."""
+    """What belongs into a box of a leaf: `source * scale + shift` as `dtype`, from tensor `key`.
+
+    `source` is in the tensor's dtype, however it lies in memory, and may have several dims for one of the box.
+    """
 
     box: Box
-    values: Array
     source: Array
     key: str
+    scale: float
+    shift: float
+    dtype: str
+
+    @property
+    def moves(self) -> bool:
+        """Whether the bits stay as they are."""
+        return self.scale == 1.0 and self.shift == 0.0 and self.source.dtype == numpy_dtype(self.dtype)
+
+    def change(self, source: Array) -> Array:
+        """What becomes of some of the source."""
+        return changed(source, self.scale, self.shift, self.dtype)
+
+    @property
+    def values(self) -> Array:
+        """All of what belongs there, in the shape of the box."""
+        return self.change(self.source).reshape([stop - start for start, stop in self.box])
 
 
 def dims(side: str) -> list[str]:
@@ -132,56 +153,65 @@ def within(box: Box, outer: Box) -> Slices:
     return (..., *(slice(start - at, stop - at) for (start, stop), (at, _) in zip(box, outer, strict=True)))
 
 
-def blocks(reference: Reference, tensors: Tensors, box: Box, most: int) -> Iterator[Block]:
-    """What belongs into a box of a leaf, in blocks that read at most about `most` bytes of a tensor."""
+def blocks(reference: Reference, tensors: Tensors, box: Box, most: int, *, passing: bool = False) -> Iterator[Block]:
+    """What belongs into a box of a leaf, in blocks that read at most about `most` bytes of a tensor.
+
+    `passing` blocks lie in memory that the next one uses again.
+    """
     for origin in reference.origins:
         shared = meet(box, origin.put)
         if shared is not None:
-            yield from _of_origin(origin, reference.dtype, tensors, shared, most)
+            yield from _of_origin(origin, reference.dtype, tensors, shared, most, passing)
 
 
-def _of_origin(origin: Origin, dtype: str, tensors: Tensors, box: Box, most: int) -> Iterator[Block]:
+def _of_origin(origin: Origin, dtype: str, tensors: Tensors, box: Box, most: int, passing: bool) -> Iterator[Block]:
     names = dims(origin.right)
     inner = {name: (a - at, b - at) for name, (a, b), (at, _) in zip(names, box, origin.put, strict=True)}
     stacked = origin.stacked
     for values in itertools.product(*(range(*inner[axis]) for axis in stacked)):
         index = dict(zip(stacked, values, strict=True))
-        for cut, rows in _rows(origin, origin.key(index), tensors, inner, most):
+        for cut, rows in _rows(origin, origin.key(index), tensors, inner, most, passing):
             ranges = {name: (index[name], index[name] + 1) if name in index else cut.get(name, inner[name]) for name in names}
             there = tuple((ranges[name][0] + at, ranges[name][1] + at) for name, (at, _) in zip(names, origin.put, strict=True))
-            moved = _arranged(origin, rows, cut)
+            taken_apart = [name for name in names if len(axes(name)) > 1 and inner[name] == (0, *shape_of(name, origin.sizes))]
+            moved = _arranged(origin, rows, cut, taken_apart)
             # What was cut already begins at 0; the rest is whole along its axes; a stacked axis is one long.
-            picks: Slices = (..., *(None if name in index else slice(None) if name in cut else slice(*inner[name]) for name in names))
-            source = moved[picks]
-            yield Block(there, changed(source, origin.scale, origin.shift, dtype), source, origin.key(index))
+            picks: list[EllipsisType | slice | None] = [...]
+            for name in names:
+                if name in taken_apart:
+                    picks += [slice(None)] * len(axes(name))
+                else:
+                    picks.append(None if name in index else slice(None) if name in cut else slice(*inner[name]))
+            yield Block(there, moved[tuple(picks)], origin.key(index), origin.scale, origin.shift, dtype)
 
 
 def _rows(
-    origin: Origin, key: str, tensors: Tensors, inner: Mapping[str, tuple[int, int]], most: int
+    origin: Origin, key: str, tensors: Tensors, inner: Mapping[str, tuple[int, int]], most: int, passing: bool
 ) -> Iterator[tuple[dict[str, tuple[int, int]], Array]]:
     """The rows of a tensor that a box needs, some at a time: the range of the outermost axis, if the box cuts along it, and the rows."""
     if not origin.left:
-        yield {}, tensors.rows(key, 0, 1)
+        yield {}, tensors.rows(key, 0, 1, passing=passing)
         return
     outer, *others = axes(dims(origin.left)[0])
     step = math.prod(origin.sizes[axis] for axis in others)
     first = origin.take[0][0]
     columns: Slices = (..., *(slice(*side) for side in origin.take[1:]))
     if outer not in inner:  # it stands inside brackets on the right
-        yield {}, tensors.rows(key, *origin.take[0])[columns]
+        yield {}, tensors.rows(key, *origin.take[0], passing=passing)[columns]
         return
     row = math.prod(tensors.shape(key)[1:]) * numpy_dtype(tensors.dtype(key)).itemsize
     many = max(most // max(row * step, 1), 1)
     start, stop = inner[outer]
     for low in range(start, stop, many):
         high = min(low + many, stop)
-        yield {outer: (low, high)}, tensors.rows(key, first + low * step, first + high * step)[columns]
+        yield {outer: (low, high)}, tensors.rows(key, first + low * step, first + high * step, passing=passing)[columns]
 
 
-def _arranged(origin: Origin, rows: Array, cut: Mapping[str, tuple[int, int]]) -> Array:
-    """Rows of one tensor as the leaf has them, without the axes that are in the name."""
+def _arranged(origin: Origin, rows: Array, cut: Mapping[str, tuple[int, int]], taken_apart: Collection[str]) -> Array:
+    """Rows of one tensor as the leaf has them, without the axes that are in the name, and some dims as their axes."""
     own = axes(origin.left)
     sizes = {axis: origin.sizes[axis] for axis in own if axis != "1"} | {axis: high - low for axis, (low, high) in cut.items()}
-    right = " ".join(dim for dim in dims(origin.right) if dim == "1" or axes(dim)[0] in own)
+    kept = [dim for dim in dims(origin.right) if dim == "1" or axes(dim)[0] in own]
+    right = " ".join(" ".join(axes(dim)) if dim in taken_apart else dim for dim in kept)
     arranged: Array = rearrange(rows, f"{origin.left} -> {right}", **sizes)
     return arranged

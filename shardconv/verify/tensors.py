@@ -1,8 +1,9 @@
 """The source as the check reads it: a safetensors reader of its own, so that a fault of the converter's reader does not cancel out.
 
-A file is 8 bytes of length, a JSON header of that length, and data; a tensor is row-major at its offsets. Rows are read by `pread` into
-fresh arrays: a memory map would count every page that was looked at as ours. An index, where there is one, says which file has a tensor; a
-name that a writer left out for an equal tensor is in a header's `__metadata__`, or in the index' metadata.
+A file is 8 bytes of length, a JSON header of that length, and data; a tensor is row-major at its offsets. PyTorch's files are read by
+`torch_files`. Rows are read by `pread` into fresh arrays: a memory map would count every page that was looked at as ours. An index, where
+there is one, says which file has a tensor; a name that a writer left out for an equal tensor is in a header's `__metadata__`, or in the
+index' metadata.
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardconv.errors import InputError, Problem
+from shardconv.verify.torch_files import places
 
 Array = npt.NDArray[Any]
 
@@ -39,16 +41,20 @@ class Entry:
 
 
 class Tensors:
-    """The tensors of a checkpoint: a directory and the names of its .safetensors files."""
+    """The tensors of a checkpoint: a directory and the names of its files; `prefix` is where in PyTorch's the state dict is."""
 
-    def __init__(self, root: str, files: tuple[str, ...]) -> None:
+    def __init__(self, root: str, files: tuple[str, ...], prefix: str = "") -> None:
         self.entries: dict[str, Entry] = {}
         self._open: dict[str, int] = {}
+        self._room = np.empty(0, np.uint8)
         index = _index(root, files)
         homes: Mapping[str, str] = index.get("weight_map", {})
         aliases: dict[str, object] = {}
         for file in files:
             path = os.path.join(root, file)
+            if not file.endswith(".safetensors"):
+                self.entries |= {key: Entry(path, *place) for key, place in places(path, prefix) if homes.get(key, file) == file}
+                continue
             header, data = _header(path)
             aliases.update(header.pop("__metadata__", None) or {})
             for key, entry in header.items():
@@ -74,12 +80,15 @@ class Tensors:
             raise InputError("the source cannot be compared", [Problem(fact, "run with --check none")])
         return NAMES[code]
 
-    def rows(self, key: str, start: int, stop: int) -> Array:
-        """Rows [start, stop) of a tensor along its first dim; all of a scalar. Raises InputError where the file ends before them."""
+    def rows(self, key: str, start: int, stop: int, *, passing: bool = False) -> Array:
+        """Rows [start, stop) of a tensor along its first dim; all of a scalar. Raises InputError where the file ends before them.
+
+        `passing` gives them in memory that the next such call uses again: the kernel zeroes fresh pages before a read fills them.
+        """
         entry, dtype = self.entries[key], numpy_dtype(self.dtype(key))
         row = math.prod(entry.shape[1:]) * dtype.itemsize
         shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-        out = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+        out = self._passing(math.prod(shape) * dtype.itemsize) if passing else np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
         view, at = out.data, entry.at + start * row
         while view:
             got = os.preadv(self._file(entry.file), [view], at)
@@ -90,6 +99,12 @@ class Tensors:
         # What follows is most often wanted next; the kernel may fetch it while these rows are looked at.
         os.posix_fadvise(self._file(entry.file), at, out.nbytes, os.POSIX_FADV_WILLNEED)
         return out.view(dtype).reshape(shape)
+
+    def _passing(self, nbytes: int) -> Array:
+        if self._room.nbytes < nbytes:
+            self._room = np.empty(0, np.uint8)  # freed before the larger one is made
+            self._room = np.empty(nbytes, np.uint8)
+        return self._room[:nbytes]
 
     def _file(self, path: str) -> int:
         if path not in self._open:
@@ -121,7 +136,7 @@ def _header(path: str) -> tuple[dict[str, Any], int]:
 def _index(root: str, files: tuple[str, ...]) -> Mapping[str, Any]:
     """The index that names exactly these files, if there is one."""
     for name in sorted(os.listdir(root)):
-        if name.endswith(".safetensors.index.json"):
+        if name.endswith((".safetensors.index.json", ".bin.index.json")):
             with open(os.path.join(root, name), encoding="utf-8") as file:
                 found: dict[str, Any] = json.load(file)
             if set(found["weight_map"].values()) == set(files):
