@@ -23,7 +23,7 @@ from shardconv.verify.weights import WHOLE_PER_WORKER
 
 ROOT = Path(__file__).parent.parent
 # What says a second time where everything comes from; it may use none of what says it the first time.
-SECOND = ("tensors", "rounding", "rows", "statement", "maxtext", "flat", "second", "compare", "stored", "sampling")
+SECOND = ("tensors", "torch_files", "rounding", "rows", "statement", "maxtext", "flat", "second", "compare", "stored", "sampling")
 
 
 def total(plan: Plan) -> int:

@@ -25,6 +25,8 @@ _INTEGER = 16
 # More dims than PyTorch's own limit of 64 are no tensor.
 _DIMS = 64
 
+_PLAIN_KEYS = frozenset((int, float, bool, type(None)))
+
 # PyTorch's storages and dtypes, and the codes of them that `shardconv.dtypes` has; "" for those that no code is there for.
 STORAGES: Mapping[str, str] = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
@@ -315,6 +317,8 @@ def _set(machine: _Machine, items: list[object]) -> None:
             if key in target:
                 raise _Wrong(f"the key {key[:60]!r} twice")
             target[key] = items[i + 1]
+        elif type(key) not in _PLAIN_KEYS:  # a tuple of tuples of tuples may take forever to hash, in whatever reads this file next
+            raise _Wrong("an entry whose key is neither text nor a number", UNTRUSTED)
 
 
 def _append(machine: _Machine, items: list[object]) -> None:
@@ -322,12 +326,6 @@ def _append(machine: _Machine, items: list[object]) -> None:
     if type(target) is not list:
         raise _Wrong("items of what is no list")
     target += items
-
-
-def _add(machine: _Machine) -> None:
-    machine.items()
-    if type(machine.stack[-1]) is not Opaque:
-        raise _Wrong("members of what is no set")
 
 
 def _whole_dict(machine: _Machine) -> None:
@@ -358,11 +356,6 @@ def _marked_list(machine: _Machine) -> None:
     machine.stack.append(items)
 
 
-def _marked_opaque(machine: _Machine) -> None:
-    machine.items()
-    machine.stack.append(OPAQUE)
-
-
 def _mark(machine: _Machine) -> None:
     machine.marks.append(machine.stack)
     machine.stack = []
@@ -381,6 +374,8 @@ def _get(machine: _Machine, index: int) -> None:
 
 
 def _put(machine: _Machine, index: int) -> None:
+    if index > len(machine.memo):
+        raise _Wrong(f"a value kept as number {index}, after {len(machine.memo)}")
     machine.memo[index] = machine.stack[-1]
 
 
@@ -452,9 +447,6 @@ _INSTRUCTIONS: Mapping[int, Callable[[_Machine], None]] = {
         "\x86": _tuple(2),
         "\x87": _tuple(3),
         "t": _marked_tuple,
-        "\x8f": _push(OPAQUE),
-        "\x90": _add,
-        "\x91": _marked_opaque,
         "q": lambda m: _put(m, m.byte()),
         "r": lambda m: _put(m, m.number(4)),
         "\x94": lambda m: _put(m, len(m.memo)),

@@ -65,7 +65,7 @@ class _Check:
         """The whole check."""
         started, cpu = time.perf_counter(), _cpu_seconds()
         request, plan = self.request, self.request.plan
-        place = Place(request.folder, plan.source.root, tuple(plan.source.files))
+        place = Place(request.folder, plan.source.root, tuple(plan.source.files), plan.source.prefix)
         stored = Stored(request.folder)
         references, independent = self._references(place)
         sound = self._compare_trees(references, stored)
@@ -100,7 +100,7 @@ class _Check:
 
     def _references(self, place: Place) -> tuple[list[Reference], bool]:
         plan = self.request.plan
-        tensors = Tensors(place.root, place.files)
+        tensors = Tensors(place.root, place.files, place.prefix)
         stated = second.references(tensors, plan.source.config or {}, plan.family, self.request.choices)
         if stated is not None:
             return stated, True
