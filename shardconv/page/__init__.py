@@ -119,8 +119,8 @@ def _units(units: Json) -> str:
 def _plots(report: Json) -> Markup:
     plots = [
         stages_figure(report.get("stages") or {}, STAGES),
-        throughput_figure(report.get("throughput") or {}),
         memory_figure(report.get("processes") or (), report.get("memory_budget_bytes") or 0),
+        throughput_figure(report.get("throughput") or {}),
     ]
     drawn = gallery(plots)
     return join([element("h2", "The run"), drawn]) if drawn else Markup()

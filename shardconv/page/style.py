@@ -56,7 +56,9 @@ svg text { fill: var(--soft); font-variant-numeric: tabular-nums; } svg .label {
 .key i.limit { width: 0; height: 0.9rem; border-top: 0; border-left: 2px solid var(--ink); }
 .key i.diagonal { border-color: var(--second); }
 .key i.dot { width: 0.4rem; height: 0.4rem; border: 0; border-radius: 50%; background: var(--main); }
+.card > details + table { margin-top: 0.6rem; }
 footer { margin-top: 2rem; }
+@media (max-width: 32rem) { .facts th { width: 6.4rem; padding-right: 0.5rem; white-space: normal; } svg { font-size: 12.5px; } }
 @media print { body { max-width: none; padding: 0; background: none; font-size: 10pt; } .card, figure, .verdict { break-inside: avoid; }
   summary { display: none; } svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
