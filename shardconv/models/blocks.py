@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from shardconv.models.description import Decoder, Norm, Routing
 from shardconv.models.rope import rotate
+from shardconv.models.taps import tap
 
 Arrays = Mapping[str, jax.Array]
 
@@ -37,7 +38,7 @@ def linear(formula: str, x: jax.Array, arrays: Arrays, role: str) -> jax.Array:
     """`x` times the kernel of a role, plus its bias where it has one."""
     y = contract(formula, x, arrays[role])
     bias = arrays.get(f"{role}_bias")
-    return y if bias is None else y + along(bias, y)
+    return tap(role, y if bias is None else y + along(bias, y))
 
 
 def normed(norm: Norm, x: jax.Array, arrays: Arrays, role: str, axes: int | tuple[int, ...] = -1) -> jax.Array:
@@ -47,7 +48,7 @@ def normed(norm: Norm, x: jax.Array, arrays: Arrays, role: str, axes: int | tupl
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + norm.eps)
     x = x * along(arrays[role] + norm.shift, x)
     bias = arrays.get(f"{role}_bias")
-    return x if bias is None else x + along(bias, x)
+    return tap(role, x if bias is None else x + along(bias, x))
 
 
 def capped(x: jax.Array, cap: float | None) -> jax.Array:
@@ -68,9 +69,8 @@ def attention(decoder: Decoder, window: int | None, arrays: Arrays, x: jax.Array
     scores = capped(scores, decoder.attention_cap)
     seen = visible(x.shape[1], window)[None, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    heads = contract("bkglm,bmkd->blkgd", weights, value).reshape(query.shape)
-    y = contract("blhd,hde->ble", heads, arrays["o"])
-    return y + along(arrays["o_bias"], y) if "o_bias" in arrays else y
+    heads = tap("heads", contract("bkglm,bmkd->blkgd", weights, value).reshape(query.shape))
+    return linear("blhd,hde->ble", heads, arrays, "o")
 
 
 def visible(length: int, window: int | None) -> jax.Array:
@@ -90,15 +90,16 @@ def mlp(decoder: Decoder, arrays: Arrays, x: jax.Array) -> jax.Array:
     act = ACTIVATIONS[decoder.activation]
     up = linear("ble,ef->blf", x, arrays, "up")
     inner = act(linear("ble,ef->blf", x, arrays, "gate")) * up if "gate" in arrays else act(up)
-    return linear("blf,fe->ble", inner, arrays, "down")
+    return linear("blf,fe->ble", tap("inner", inner), arrays, "down")
 
 
 def experts(decoder: Decoder, routing: Routing, arrays: Arrays, x: jax.Array) -> jax.Array:
     """The weighted sum of the chosen experts."""
     gate, up = contract("ble,xef->blxf", x, arrays["experts_gate"]), contract("ble,xef->blxf", x, arrays["experts_up"])
     inner = ACTIVATIONS[decoder.activation](gate) * up
-    weights = shares(routing, contract("ble,ex->blx", x, arrays["router"]), arrays.get("router_bias"))
-    return contract("blxf,xfe->ble", inner * weights[..., None], arrays["experts_down"])
+    scores = tap("router", contract("ble,ex->blx", x, arrays["router"]))
+    weights = shares(routing, scores, arrays.get("router_bias"))
+    return tap("experts", contract("blxf,xfe->ble", inner * weights[..., None], arrays["experts_down"]))
 
 
 def shares(routing: Routing, scores: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from shardconv.models.blocks import Arrays, attention, capped, contract, mlp, normed
 from shardconv.models.description import Decoder, Place, Reading
+from shardconv.models.taps import listening
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,47 @@ def logits(weights: Weights, tokens: jax.Array) -> jax.Array:
 
 
 def states(weights: Weights, tokens: jax.Array) -> Iterator[tuple[str, jax.Array]]:
-    """What the model holds after each step, by name: "embed", "block 0", "block 1", ..., "logits".
+    """What the model holds after each step, by name: "embed", "block 0", "block 1", ..., "logits"."""
+    for name, x in hidden(weights, tokens):
+        yield name, x
+    yield "logits", unembedded(weights)(x)
+
+
+def hidden(weights: Weights, tokens: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+    """The states before and after each block, (batch, length, embed), by name: "embed", "block 0", "block 1", ...
 
     Each step is waited for. Several programs in flight over more virtual CPU devices than there are cores take one another's threads and
     wait for each other for ever (seen with 8 devices on 2 cores); and it keeps one block's arrays in memory, not as many as are dispatched.
     """
     reading = weights.reading
     decoder = reading.decoder
-    ends = weights.arrays(reading.ends)
-    x = jax.block_until_ready(embedded(decoder, ends, tokens))
+    x = jax.block_until_ready(embedded(decoder, weights.arrays(_some(reading.ends, "embed", "positions")), tokens))
     yield "embed", x
-    for layer, (window, places) in enumerate(zip(decoder.windows, reading.blocks, strict=True)):
-        arrays = {role: array.astype(jnp.float32) for role, array in weights.arrays(places).items()}
-        x = jax.block_until_ready(block(decoder, window, arrays, x))
+    for layer, window in enumerate(decoder.windows):
+        x = jax.block_until_ready(block(decoder, window, block_arrays(weights, layer), x))
         yield f"block {layer}", x
-    yield "logits", jax.block_until_ready(head(decoder, ends, x))
+
+
+def block_arrays(weights: Weights, layer: int) -> dict[str, jax.Array]:
+    """The arrays of a block by role, in float32; each is fetched and cast before the next."""
+    places = weights.reading.blocks[layer]
+    return {role: jax.block_until_ready(weights.fetch(place).astype(jnp.float32)) for role, place in places.items()}
+
+
+def unembedded(weights: Weights) -> Callable[[jax.Array], jax.Array]:
+    """The function from what the last block gives to logits; its arrays are fetched once."""
+    arrays = head_arrays(weights)
+    return lambda x: jax.block_until_ready(head(weights.reading.decoder, arrays, x))
+
+
+def head_arrays(weights: Weights) -> dict[str, jax.Array]:
+    """The arrays of the final norm and the output projection, by role."""
+    ends = weights.reading.ends
+    return weights.arrays(_some(ends, "final_norm", "final_norm_bias", "unembed" if "unembed" in ends else "embed"))
+
+
+def _some(places: Mapping[str, Place], *roles: str) -> dict[str, Place]:
+    return {role: places[role] for role in roles if role in places}
 
 
 @partial(jax.jit, static_argnames="decoder")
@@ -76,8 +103,7 @@ def embedded(decoder: Decoder, ends: Arrays, tokens: jax.Array) -> jax.Array:
     return x + ends["positions"][None, : x.shape[1]].astype(jnp.float32) if "positions" in ends else x
 
 
-@partial(jax.jit, static_argnames=("decoder", "window"))
-def block(decoder: Decoder, window: int | None, arrays: Arrays, x: jax.Array) -> jax.Array:
+def _block(decoder: Decoder, window: int | None, arrays: Arrays, x: jax.Array) -> jax.Array:
     """One block, (batch, length, embed) to the same, with arrays in float32."""
     inner = normed(decoder.norm, x, arrays, "attn_norm")
     y = attention(decoder, window, arrays, inner)
@@ -90,10 +116,29 @@ def block(decoder: Decoder, window: int | None, arrays: Arrays, x: jax.Array) ->
     return x + (normed(decoder.norm, y, arrays, "mlp_post_norm") if "mlp_post_norm" in arrays else y)
 
 
-@partial(jax.jit, static_argnames="decoder")
-def head(decoder: Decoder, ends: Arrays, x: jax.Array) -> jax.Array:
+def _head(decoder: Decoder, ends: Arrays, x: jax.Array) -> jax.Array:
     """The logits of what the last block gives."""
     arrays = {role: array.astype(jnp.float32) for role, array in ends.items()}
     x = normed(decoder.norm, x, arrays, "final_norm")
     y = contract("ble,ev->blv", x, arrays["unembed"]) if "unembed" in arrays else contract("ble,ve->blv", x, arrays["embed"])
     return capped(y * decoder.logit_scale, decoder.logit_cap)
+
+
+block = jax.jit(_block, static_argnames=("decoder", "window"))
+head = jax.jit(_head, static_argnames="decoder")
+
+
+@partial(jax.jit, static_argnames=("decoder", "window"))
+def block_parts(decoder: Decoder, window: int | None, arrays: Arrays, x: jax.Array) -> dict[str, jax.Array]:
+    """What each part of a block makes of the state before it, by role; "out" is the state behind it."""
+    with listening() as heard:
+        out = _block(decoder, window, arrays, x)
+    return {**heard, "out": out}
+
+
+@partial(jax.jit, static_argnames="decoder")
+def head_parts(decoder: Decoder, ends: Arrays, x: jax.Array) -> dict[str, jax.Array]:
+    """What the final norm and the output projection make of the state behind the last block."""
+    with listening() as heard:
+        out = _head(decoder, ends, x)
+    return {**heard, "unembed": out}

@@ -13,7 +13,7 @@ Experts make logits jump: where a router scores two experts alike, noise decides
 positions are not judged. If that leaves less than JUDGED of all, all are, by means alone, since the floor jumps as often.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,18 +21,15 @@ import numpy.typing as npt
 
 from shardconv.errors import CheckError, ConfigError, Problem
 from shardconv.verify.differences import Difference, Gap, Logits, Tokens, gap, in_sum, join, surprise
-from shardconv.verify.logit_request import Bounds, Rounding
-from shardconv.verify.reference import Reference, Run
-
-# Another order of sums is tried this often, and the largest difference counts: it is one draw of a random number.
-ORDERS = 2
-
-# A router is undecided below this many times the median noise of its scores: the largest of a million normal deviates is 7 times their
-# median, both sides have noise, and some positions have more of it than others.
-UNDECIDED = 30.0
+from shardconv.verify.logit_request import Bounds
+from shardconv.verify.noise import HALF, ORDERS, PLAIN, ROUNDED
+from shardconv.verify.reference import Spoken
 
 # The share of positions that must be left to judge them by their largest difference.
 JUDGED = 0.25
+
+# Pairs of logits that are kept to be drawn.
+POINTS = 2000
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,9 @@ class Worst:
 class LogitReport:
     """The comparison. `jax` is the checkpoint's difference to the reference, `judged` that to the reference rounded as the plan rounds.
 
-    `rounded` is what rounding changes, `reordered` the noise, `bfloat16` what compute in bfloat16 would change. `worst` is of `judged`.
-    `reasons` says in words why the sides are not the same; nothing if they are.
+    `rounded` is what rounding changes, `reordered` the noise, `bfloat16` what compute in bfloat16 would change. `worst` is of `judged`,
+    `scatter` some pairs of it, the reference's first, `largest` the largest logit of the reference. `reasons` says in words why the sides
+    are not the same; nothing if they are.
     """
 
     lengths: tuple[int, ...]
@@ -80,6 +78,8 @@ class LogitReport:
     reference_perplexity: float
     worst: Worst
     unjudged: int
+    largest: float
+    scatter: tuple[tuple[float, float], ...]
     reasons: tuple[str, ...]
 
     @property
@@ -88,33 +88,17 @@ class LogitReport:
         return not self.reasons
 
 
-def measure(reference: Reference, tokens: Tokens, roundings: Mapping[str, Rounding]) -> Measured:
-    """All that the reference says about one sequence, with `roundings` of tensors that the plan rounds."""
-    plain = reference.run(tokens)
-    half = reference.in_bfloat16(tokens)
-    with reference.rounded(roundings):
-        rounded = reference.run(tokens) if roundings else plain
-        orders = [reference.reordered(tokens, seed) for seed in range(ORDERS)]
+def measure(spoken: Spoken, decided: npt.NDArray[np.bool_]) -> Measured:
+    """All that the reference says about one sequence."""
+    logits = spoken.logits
     return Measured(
-        tokens=tokens,
-        logits=plain.logits,
-        rounded=rounded.logits,
-        reordered=tuple(gap(other.logits, rounded.logits) for other in orders),
-        bfloat16=gap(half.logits, plain.logits),
-        decided=_decided(rounded, orders, reference.chosen),
+        tokens=spoken.tokens,
+        logits=logits[PLAIN],
+        rounded=logits[ROUNDED],
+        reordered=tuple(gap(logits[run], logits[ROUNDED]) for run in ORDERS),
+        bfloat16=gap(logits[HALF], logits[PLAIN]),
+        decided=decided[: len(spoken.tokens)],
     )
-
-
-def _decided(plain: Run, others: Sequence[Run], chosen: int) -> npt.NDArray[np.bool_]:
-    """The positions up to the first at which a router's choice hangs on noise."""
-    decided = np.ones(len(plain.logits), bool)
-    if plain.routers is None or chosen >= plain.routers.shape[-1]:
-        return decided
-    ranked = np.sort(plain.routers, axis=-1)[..., ::-1]
-    margins = ranked[..., chosen - 1] - ranked[..., chosen]
-    moved = [np.median(np.abs(run.routers - plain.routers), axis=(1, 2)) for run in others if run.routers is not None]
-    certain = (margins > UNDECIDED * np.max(moved, axis=0)[:, None]).all(axis=0)
-    return np.logical_and.accumulate(certain)
 
 
 @dataclass(frozen=True)
@@ -131,9 +115,10 @@ class _Seen:
     reference_surprise: npt.NDArray[np.float64]
     largest: float
     worst: Worst
+    points: npt.NDArray[np.float32]
 
 
-def _seen(sequence: int, found: Logits, measured: Measured) -> _Seen:
+def _seen(sequence: int, found: Logits, measured: Measured, seed: int) -> _Seen:
     judged = gap(found, measured.rounded)
     difference = np.nan_to_num(np.abs(found - measured.rounded), nan=np.inf)
     position, token = (int(place) for place in np.unravel_index(difference.argmax(), difference.shape))
@@ -148,18 +133,26 @@ def _seen(sequence: int, found: Logits, measured: Measured) -> _Seen:
         reference_surprise=surprise(measured.logits, measured.tokens),
         largest=float(np.abs(measured.logits).max()),
         worst=Worst(sequence, position, token, float(found[position, token]), float(measured.rounded[position, token])),
+        points=_points(found, measured.rounded, seed + sequence),
     )
 
 
-def compare(measured: Iterable[Measured], forward: Callable[[Tokens], Logits], bounds: Bounds) -> LogitReport:
-    """The report about a forward, whose logits may have more columns than the vocabulary: rows that pad it."""
+def _points(found: Logits, reference: Logits, seed: int) -> npt.NDArray[np.float32]:
+    """Some pairs of logits, (pairs, 2), the reference's first."""
+    chosen = np.random.default_rng(seed).choice(found.size, min(POINTS, found.size), replace=False)
+    pairs: npt.NDArray[np.float32] = np.stack((reference.ravel()[chosen], found.ravel()[chosen]), axis=-1)
+    return pairs
+
+
+def compare(pairs: Iterable[tuple[Measured, Logits]], bounds: Bounds, seed: int = 0) -> LogitReport:
+    """The report about each sequence's logits (length, columns), which may be more than the vocabulary: rows that pad it."""
     seen = []
-    for number, sequence in enumerate(measured):
-        found, columns = forward(sequence.tokens), sequence.logits.shape[-1]
+    for number, (sequence, found) in enumerate(pairs):
+        columns = sequence.logits.shape[-1]
         if found.shape[-1] < columns:
             fact = f"{found.shape[-1]} logits a token, and the PyTorch model has {columns}"
             raise CheckError("the checkpoint has too small a vocabulary", [Problem(fact)])
-        seen.append(_seen(number, found[:, :columns], sequence))
+        seen.append(_seen(number, found[:, :columns], sequence, seed))
     if not seen:
         raise ConfigError("comparing logits needs sequences", [Problem("there are none")])
     return _report(seen, bounds)
@@ -169,7 +162,7 @@ def _report(seen: Sequence[_Seen], bounds: Bounds) -> LogitReport:
     decided = np.concatenate([one.decided for one in seen])
     by_means = bool(decided.mean() < JUDGED)
     kept = np.ones_like(decided) if by_means else decided
-    orders = [in_sum(join([one.reordered[order] for one in seen]), kept) for order in range(ORDERS)]
+    orders = [in_sum(join([one.reordered[order] for one in seen]), kept) for order in range(len(seen[0].reordered))]
     judged = in_sum(join([one.judged for one in seen]), kept)
     allowed = _allowed(orders, bounds, max(one.largest for one in seen))
     return LogitReport(
@@ -184,8 +177,16 @@ def _report(seen: Sequence[_Seen], bounds: Bounds) -> LogitReport:
         reference_perplexity=float(np.exp(np.concatenate([one.reference_surprise for one in seen]).mean())),
         worst=max((one.worst for one in seen), key=lambda worst: np.nan_to_num(abs(worst.found - worst.reference), nan=np.inf)),
         unjudged=int((~kept).sum()),
+        largest=max(one.largest for one in seen),
+        scatter=_some([one.points for one in seen]),
         reasons=tuple(_reasons(judged, allowed, by_means=by_means)),
     )
+
+
+def _some(points: Sequence[npt.NDArray[np.float32]]) -> tuple[tuple[float, float], ...]:
+    """Points of all sequences, as many of each; those of a sequence are in random order."""
+    each = max(1, POINTS // len(points))
+    return tuple((float(reference), float(found)) for part in points for reference, found in part[:each])[:POINTS]
 
 
 def _allowed(floor: Sequence[Difference], bounds: Bounds, largest: float) -> Bounds:

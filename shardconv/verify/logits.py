@@ -1,71 +1,154 @@
 """Do both sides think the same? The logits of the written checkpoint, in JAX, against those of the PyTorch model, of the source files.
 
-The checkpoint is restored by Orbax onto a mesh, and `shardconv.models` reads it as its layout's code would; the reference is transformers'
-own model. Sequences of token ids go one by one through both, so that logits of one sequence are held at a time; `agreement` judges.
+    source files ---------- transformers' blocks ----- states, logits \\
+                                                                        agreement, divergence -> verdict
+    written checkpoint ---- shardconv.models --------- states, logits /
+
+The checkpoint is restored by Orbax onto a mesh, or read block by block where its arrays would not fit, and `shardconv.models` reads it as
+its layout's code would; or a forward of the user's own takes the restored arrays. The reference is transformers' model, block by block.
+Logits of one sequence are held at a time; `agreement` judges.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from shardconv.errors import InputError, Problem
-from shardconv.models.decoder import Weights, logits, weights_of
+from shardconv.models.decoder import unembedded, weights_of
+from shardconv.models.description import Reading
 from shardconv.models.hf import decoder_of
 from shardconv.models.reading import read
-from shardconv.verify.agreement import LogitReport, compare, measure
+from shardconv.verify.agreement import LogitReport, Measured, compare, measure
 from shardconv.verify.differences import Logits, Tokens
-from shardconv.verify.logit_request import LENGTHS, Bounds, Rounding
-from shardconv.verify.reference import load_reference
-from shardconv.verify.restoring import restore
+from shardconv.verify.divergence import Divergence, StepGap
+from shardconv.verify.fetching import weights_on_demand
+from shardconv.verify.logit_request import Bounds, LogitRequest
+from shardconv.verify.logit_verdict import LogitVerdict
+from shardconv.verify.reference import Head, Reference, load_reference
+from shardconv.verify.restoring import Described, describe, restore
+from shardconv.verify.sample import prompt_sample, random_sample
+from shardconv.verify.walking import Side, Walked, end_gap, walk
+
+# Logits (batch, length, rows) of token ids (batch, length), int32.
+Forward = Callable[[npt.NDArray[np.int32]], npt.ArrayLike]
 
 
-def check_logits(
-    checkpoint: str,
-    source: str,
-    sample: Sequence[Tokens],
-    *,
-    rope: str,
-    roundings: Mapping[str, Rounding],
-    bounds: Bounds,
-    devices: Sequence[jax.Device],
-) -> LogitReport:
-    """Restores the tree at `checkpoint` onto devices and compares its logits with those of the PyTorch model in the directory `source`.
+def check(request: LogitRequest) -> LogitVerdict:
+    """Compares the logits of a checkpoint with those of its source.
 
-    `rope` is the target's order of rotary dims as asked for ("auto" where the layout's code decides), `roundings` those of tensors whose
-    values the plan does not keep (`roundings.roundings`). Raises ConfigError where torch or a forward for the model is missing,
+    Raises ConfigError where torch or a forward for the model is missing, InputError where the source's files do not hold the model,
     CheckError where the layout's code could not read the checkpoint.
     """
-    weights = restored_weights(checkpoint, hf_config(source), rope, devices)
-    reference = load_reference(source)
+    start, cpu = time.perf_counter(), time.process_time()
+    config = hf_config(request.source)
+    reference = load_reference(request.source, request.roundings)
+    sample = random_sample(reference.architecture.vocab, request.seed, request.lengths)
+    if request.prompts is not None:
+        sample += prompt_sample(request.prompts, request.source)
+    devices = jax.devices()
+    described = describe(request.checkpoint, devices)
+    layer_by_layer = request.forward == "auto" and described.nbytes > request.memory
+    if request.forward == "auto":
+        side = jax_side(described, config, request.rope, devices, layer_by_layer=layer_by_layer)
+        found = side_by_side(reference, side, sample, request.bounds, seed=request.seed, trace=request.trace)
+    else:
+        from shardconv.verify.forwards import forward_of  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        forward = forward_of(request.forward, request.source, restore(request.checkpoint, devices))
+        found = by_logits(reference, forward, sample, request.bounds, seed=request.seed)
+    return LogitVerdict(
+        report=found.report,
+        forward=request.forward,
+        seed=request.seed,
+        prompts=request.prompts,
+        blocks=found.gaps,
+        divergence=found.divergence if request.trace or not found.report.same else None,
+        traced=request.trace,
+        unrouted=found.walked.unrouted,
+        platform=devices[0].platform,
+        devices=len(devices),
+        mesh=dict(described.mesh.shape),
+        layer_by_layer=layer_by_layer,
+        pid=os.getpid(),
+        seconds=time.perf_counter() - start,
+        cpu_seconds=time.process_time() - cpu,
+        peak_rss_bytes=peak_rss(),
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """The comparison of logits, and what is known of the steps before them."""
+
+    report: LogitReport
+    walked: Walked
+    gaps: tuple[StepGap, ...]
+    divergence: Divergence | None
+
+
+def jax_side(described: Described, config: dict[str, object], rope: str, devices: Sequence[jax.Device], *, layer_by_layer: bool) -> Side:
+    """The checkpoint as its layout's code reads it: whole, or block by block."""
+    published = decoder_of(config)
+    reading = reading_of(described, config, rope)
+    if layer_by_layer:
+        return Side(weights_on_demand(reading, described), published)
+    return Side(weights_of(reading, restore(described.path, devices).leaves), published)
+
+
+def reading_of(described: Described, config: dict[str, object], rope: str) -> Reading:
+    """How its layout's code reads a checkpoint."""
+    layout, scanned = described.metadata["shardconv"]["layout"], bool(described.metadata["scan_layers"])
+    return read(layout, decoder_of(config), described.leaves.keys(), scanned=scanned, rope=rope)
+
+
+def side_by_side(
+    reference: Reference, side: Side, sample: Sequence[Tokens], bounds: Bounds, *, seed: int = 0, trace: bool = False
+) -> Found:
+    """Compares the states behind every block, and then the logits."""
+    walked = walk(reference, sample, side, factor=bounds.factor, trace=trace)
+    state, head = walked.state, reference.head()
+    assert state is not None
+    project = unembedded(side.weights)
+    found = (
+        np.asarray(project(jnp.asarray(state[number : number + 1, : len(tokens)])))[0] for number, tokens in enumerate(sample)
+    )
+    report = compare(zip(_measured(head, sample, walked), found, strict=True), bounds, seed)
+    last = _of_logits(report)
+    divergence = walked.divergence or end_gap(last, head, side, walked, bounds.factor, trace=trace)
+    return Found(report, walked, (*walked.gaps, last), divergence)
+
+
+def by_logits(reference: Reference, forward: Forward, sample: Sequence[Tokens], bounds: Bounds, *, seed: int = 0) -> Found:
+    """Compares the logits of another forward, sequence by sequence, all padded behind to the longest so that it compiles once."""
+    walked = walk(reference, sample, None, factor=bounds.factor, trace=False)
     longest = max(len(tokens) for tokens in sample)
-    measured = (measure(reference, tokens, roundings) for tokens in sample)
-    return compare(measured, lambda tokens: forward(weights, tokens, longest), bounds)
+
+    def found() -> Iterator[Logits]:
+        for tokens in sample:
+            padded = np.pad(tokens, (0, longest - len(tokens)))[None].astype(np.int32)
+            yield np.asarray(forward(padded), np.float32)[0, : len(tokens)]
+
+    report = compare(zip(_measured(reference.head(), sample, walked), found(), strict=True), bounds, seed)
+    return Found(report, walked, (), None)
 
 
-def random_sample(vocab: int, seed: int, lengths: Sequence[int] = LENGTHS) -> tuple[Tokens, ...]:
-    """Seeded random token ids, one sequence of each length."""
-    numbers = np.random.default_rng(seed)
-    return tuple(numbers.integers(0, vocab, length, dtype=np.int64) for length in lengths)
+def _measured(head: Head, sample: Sequence[Tokens], walked: Walked) -> Iterator[Measured]:
+    for spoken, decided in zip(head.spoken(sample, walked.states), walked.decided, strict=True):
+        yield measure(spoken, decided)
 
 
-def prompt_sample(path: str, source: str) -> tuple[Tokens, ...]:
-    """The lines of a text file as token ids, by the source's own tokenizer; raises InputError without one, or without lines."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file.read().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError("the prompts cannot be read", [Problem(str(error).splitlines()[0])]) from None
-    sample = tuple(np.asarray(tokenizer(line)["input_ids"], dtype=np.int64) for line in lines)
-    if not sample:
-        raise InputError("the prompts cannot be read", [Problem(f"{path} has no lines")])
-    return sample
+def _of_logits(report: LogitReport) -> StepGap:
+    """The last step's gap, which departs as the verdict says."""
+    return StepGap("logits", report.judged.max_abs, report.reordered.max_abs, report.largest, departs=not report.same)
 
 
 def hf_config(source: str) -> dict[str, object]:
@@ -78,15 +161,10 @@ def hf_config(source: str) -> dict[str, object]:
     return config
 
 
-def restored_weights(checkpoint: str, config: dict[str, object], rope: str, devices: Sequence[jax.Device]) -> Weights:
-    """The checkpoint on a mesh, as its layout's code reads it."""
-    decoder = decoder_of(config)
-    restored = restore(checkpoint, devices)
-    layout, scanned = restored.metadata["shardconv"]["layout"], bool(restored.metadata["scan_layers"])
-    return weights_of(read(layout, decoder, restored.leaves.keys(), scanned=scanned, rope=rope), restored.leaves)
-
-
-def forward(weights: Weights, tokens: Tokens, length: int) -> Logits:
-    """Logits (len(tokens), rows); padded behind to `length`, which a causal model does not see, so that all lengths compile once."""
-    padded = np.pad(tokens, (0, length - len(tokens)))[None]
-    return np.asarray(logits(weights, jnp.asarray(padded, jnp.int32)))[0, : len(tokens)]
+def peak_rss() -> int:
+    """The most bytes of RAM that this process has had, as the kernel counts them."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except OSError:  # no /proc; what getrusage says may be a parent's
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

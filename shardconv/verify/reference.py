@@ -1,32 +1,33 @@
-"""The PyTorch side: transformers' own model, built from config.json and loaded from the source files, and how much it differs from itself.
+"""The PyTorch side: transformers' own model of the source files, walked through one block at a time, in all the runs that are wanted.
 
-The same model gives other logits when sums are taken in another order, and no conversion can be told from that. So the noise is
-measured: `reordered` runs every contraction of a forward over permuted dims and moves the rotary frequencies by a unit in the last place,
-which is what two float32 implementations of the same formulas may differ by. Where the plan rounds values, weights can be `rounded` alike:
-that is no noise, but what the user asked for.
+    embed -> block 0 -> block 1 -> ... -> final norm and output projection
+
+A block is loaded from the source (`apart`), computes the next states of all sequences in every run (`noise`), and is dropped; what is kept
+between blocks is states. Sequences are one batch, padded behind to the longest, which causal models do not see. The logits are made one
+sequence at a time.
 
 A weight that the files lack would be made up by transformers, and the comparison worthless: it is an error here.
 """
 
-import contextlib
 import importlib.util
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shardconv.errors import ConfigError, InputError, Problem
+from shardconv.verify import apart, noise
 from shardconv.verify.logit_request import Rounding
+from shardconv.verify.noise import HALF, ORDERS, PLAIN, ROUNDED, computing
+from shardconv.verify.published import Published
 
-Logits = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
-
-# What transformers says of its loading that makes a comparison worthless.
-MISFITS = {"missing_keys": "has no {}", "mismatched_keys": "has {} in another shape", "unexpected_keys": "has {}, which the model has not"}
+Parts = Mapping[str, Floats]
+# For a state (sequences, length, embed) in front of a step, what the step's parts make of it in a run with rounded weights, by role.
+Looker = Callable[[Floats, str], Parts]
 
 
 def require_torch() -> None:
@@ -39,168 +40,156 @@ def require_torch() -> None:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Logits (length, vocab), and what the routers of a model with experts scored, (layers, length, experts), if it tells."""
+class Step:
+    """What the model holds after a step, "embed" or "block 0" and so on: `states` by run, (sequences, length, embed).
 
-    logits: Logits
-    routers: Logits | None
+    `scores` are the router's, by run, (sequences, length, experts); none without one. `parts` is for a trace of a block.
+    """
+
+    name: str
+    states: Mapping[str, Floats]
+    scores: Mapping[str, Floats]
+    parts: Looker | None
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """The logits of one sequence, (length, vocab), by run."""
+
+    tokens: Tokens
+    logits: Mapping[str, Floats]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model in float32 on the CPU, and the runs of it that are wanted for one sequence of token ids (length,)."""
+    """A source to be walked through; `roundings` are those of the plan, by the source's names of tensors."""
 
-    model: Any
+    architecture: apart.Architecture
+    published: Published
+    roundings: Mapping[str, Rounding]
+    problems: list[Problem] = field(default_factory=list)
 
-    @property
-    def chosen(self) -> int:
-        """How many experts a token goes to; 0 without experts."""
-        return int(getattr(self.model.config, "num_experts_per_tok", None) or 0)
+    def steps(self, sample: Sequence[Tokens], *, trace: bool = False) -> Iterator[Step]:
+        """All steps but the last; raises InputError at the end where the files do not hold exactly the model's weights.
 
-    def run(self, tokens: Tokens) -> Run:
-        """As transformers computes it."""
+        With `trace` a block stays in memory until its step is dropped.
+        """
         import torch
 
-        asked = {"output_router_logits": True} if self.chosen and hasattr(self.model.config, "output_router_logits") else {}
-        with torch.inference_mode():
-            found = self.model(input_ids=torch.from_numpy(tokens)[None], use_cache=False, **asked)
-            routers = getattr(found, "router_logits", None)
-            scores = torch.stack([layer.float() for layer in routers]).numpy() if routers else None
-            return Run(found.logits[0].float().numpy(), scores)
+        tokens = torch.from_numpy(batch(sample))
+        tensors = self.published.tensors(None)
+        for number in self.published.blocks:
+            if number >= self.architecture.layers:
+                tensors.update(self.published.tensors(number))
+        states = self._embedded(tokens, tensors)
+        del tensors
+        yield Step("embed", _arrays(states), {}, None)
+        for number in range(self.architecture.layers):
+            tensors = self.published.tensors(number)
+            block = apart.block(self.architecture, number, tensors)
+            self.problems.extend(block.problems)
+            if self.problems:
+                continue  # all of them at once, and no more work
+            found = {run: _run(block, states[run], run) for run in (PLAIN, HALF)}
+            if self.roundings.keys() & tensors.keys():
+                del block
+                block = apart.block(self.architecture, number, noise.rounded(tensors, self.roundings))
+            del tensors
+            same = states[ROUNDED] is states[PLAIN] and not self.roundings
+            found[ROUNDED] = found[PLAIN] if same else _run(block, states[ROUNDED], ROUNDED)
+            found.update({run: _run(block, states[run], run) for run in ORDERS})
+            states = {run: state for run, (state, _) in found.items()}
+            scores = {run: told.numpy() for run, (_, told) in found.items() if told is not None}
 
-    def reordered(self, tokens: Tokens, seed: int) -> Run:
-        """With all sums in another order."""
-        with _nudged(self.model, seed), _sums(seed):
-            return self.run(tokens)
+            def parts(state: Floats, run: str, block: apart.Block = block) -> Parts:
+                told: dict[str, Any] = {}
+                told["out"], _ = _run(block, torch.from_numpy(state), run, told)
+                return _arrays(told)
 
-    def in_bfloat16(self, tokens: Tokens) -> Run:
-        """With matrix products in bfloat16."""
+            step = Step(f"block {number}", _arrays(states), scores, parts if trace else None)
+            del block, parts, found
+            yield step
+            del step
+        if self.problems:
+            raise InputError("transformers' model and the checkpoint do not fit each other", self.problems)
+
+    def _embedded(self, tokens: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The states before the first block; sums in another order change nothing there, nor does bfloat16."""
+        states = {}
+        for run, weights in ((PLAIN, tensors), (ROUNDED, noise.rounded(tensors, self.roundings))):
+            if run == PLAIN or self.roundings:
+                ends = apart.ends(self.architecture, weights, head=False)
+                self.problems.extend(ends.problems if run == PLAIN else ())
+                with computing(run, ends.model):
+                    states[run] = ends.embed(tokens)
+        states.setdefault(ROUNDED, states[PLAIN])
+        return {**states, HALF: states[PLAIN], **dict.fromkeys(ORDERS, states[ROUNDED])}
+
+    def head(self) -> "Head":
+        """The last step."""
+        tensors = self.published.tensors(None)
+        plain = apart.ends(self.architecture, tensors, head=True)
+        if not self.roundings.keys() & tensors.keys():
+            return Head(plain, plain)
+        return Head(plain, apart.ends(self.architecture, noise.rounded(tensors, self.roundings), head=True))
+
+
+@dataclass(frozen=True)
+class Head:
+    """Final norm and output projection, as published and as the plan rounds them."""
+
+    plain: apart.Ends
+    rounded: apart.Ends
+
+    def spoken(self, sample: Sequence[Tokens], states: Mapping[str, Floats]) -> Iterator[Spoken]:
+        """The logits of each sequence, from the states behind the last block."""
+        for number, tokens in enumerate(sample):
+            found: dict[str, Floats] = {}
+            for run, state in states.items():
+                if run == ROUNDED and state is states[PLAIN] and self.rounded is self.plain:
+                    found[run] = found[PLAIN]
+                else:
+                    found[run] = self._logits(state[number : number + 1, : len(tokens)], run)[0]
+            yield Spoken(tokens, found)
+
+    def parts(self, state: Floats, run: str) -> Parts:
+        """What the final norm and the output projection make of a state (sequences, length, embed) in a run with rounded weights."""
+        told: dict[str, Any] = {}
+        logits = self._logits(state, run, told)
+        return {**_arrays(told), "unembed": logits}
+
+    def _logits(self, state: Floats, run: str, parts: dict[str, Any] | None = None) -> Floats:
         import torch
 
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.run(tokens)
-
-    def rounded(self, roundings: Mapping[str, Rounding]) -> contextlib.AbstractContextManager[None]:
-        """While this is entered, weights are rounded, by the source's names of tensors."""
-        return _rounded(self.model, roundings)
+        ends = self.plain if run in (PLAIN, HALF) else self.rounded
+        with computing(run, ends.model):
+            logits: Floats = ends.logits(torch.from_numpy(state), parts).float().numpy()
+        return logits
 
 
-def load_reference(path: str) -> Reference:
-    """transformers' model of a checkpoint's directory, in float32 with eager attention.
+def load_reference(path: str, roundings: Mapping[str, Rounding]) -> Reference:
+    """The source in a directory, to be computed in float32 with eager attention.
 
-    Raises ConfigError without torch or transformers, InputError where the files do not hold exactly the model's weights.
+    Raises ConfigError without torch or transformers, InputError where there is no decoder of transformers'.
     """
     require_torch()
-    import torch
-    import transformers
-
-    make: Any = transformers.AutoModelForCausalLM.from_pretrained
-    if not os.path.exists(os.path.join(path, "config.json")):
-        raise InputError("the PyTorch model cannot be made", [Problem(f"{path} has no config.json", "put it beside the weights")])
-    with _quiet():
-        model, said = make(
-            path,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-            **_plain_experts(path),
-        )
-    problems = [Problem(f"{path} {text.format(key)}") for kind, text in MISFITS.items() for key in sorted(map(str, said[kind]))]
-    if problems:
-        raise InputError("transformers' model and the checkpoint do not fit each other", problems)
-    return Reference(model.eval())
+    return Reference(apart.architecture(path), Published(path), roundings)
 
 
-def _plain_experts(path: str) -> dict[str, str]:
-    """Experts computed one by one, not by a fused kernel: the plain formulas, whose contractions are seen by `_sums`."""
-    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-        config = json.load(file)
-    return {"experts_implementation": "eager"} if {"num_experts", "num_local_experts"} & config.keys() else {}
+def batch(sample: Sequence[Tokens]) -> Tokens:
+    """Sequences as rows, padded behind to the longest."""
+    rows = np.zeros((len(sample), max(len(tokens) for tokens in sample)), np.int64)
+    for row, tokens in zip(rows, sample, strict=True):
+        row[: len(tokens)] = tokens
+    return rows
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading without transformers' progress bars and remarks: problems are raised, not printed."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+def _run(block: apart.Block, state: Any, run: str, parts: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    with computing(run, block.model, block.number):
+        return block.run(state, parts)
 
 
-def _sums(seed: int) -> contextlib.AbstractContextManager[Any]:
-    """All contractions over permuted dims: the same products, added in another order."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    products = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm}
-    orders = torch.Generator().manual_seed(seed)
-
-    class Sums(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-        ) -> Any:
-            if func is torch.nn.functional.linear or func in products:
-                left, right, *rest = args
-                order = torch.randperm(left.shape[-1], generator=orders)
-                right = right[..., order] if func is torch.nn.functional.linear else right[..., order, :]
-                args = (left[..., order], right, *rest)
-            return func(*args, **(kwargs or {}))
-
-    return Sums()
-
-
-@contextlib.contextmanager
-def _nudged(model: Any, seed: int) -> Iterator[None]:
-    """Rotary frequencies moved by a unit in the last place, up or down."""
-    import torch
-
-    found = {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] == "inv_freq"}
-    kept = {name: buffer.clone() for name, buffer in found.items()}
-    signs = torch.Generator().manual_seed(seed)
-    for buffer in found.values():
-        up = torch.rand(buffer.shape, generator=signs) < 0.5
-        buffer.copy_(torch.nextafter(buffer, torch.where(up, torch.inf, -torch.inf)))
-    try:
-        yield
-    finally:
-        for name, buffer in found.items():
-            buffer.copy_(kept[name])
-
-
-@contextlib.contextmanager
-def _rounded(model: Any, roundings: Mapping[str, Rounding]) -> Iterator[None]:
-    """The weights rounded as a plan says; each is put back after, so that is one more copy of those concerned.
-
-    transformers stacks experts and renames some tensors; what no tensor has the name of is rounded as those are that have no weight.
-    """
-    import torch
-
-    weights = dict(model.named_parameters())
-    others = next((rounding for key, rounding in roundings.items() if key not in weights), None)
-    chosen = {name: roundings.get(name, others) for name in weights}
-    kept = {name: weights[name].detach().clone() for name, rounding in chosen.items() if rounding is not None}
-    with torch.no_grad():
-        for name in kept:
-            weights[name].copy_(_round(weights[name], chosen[name]))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in kept.items():
-                weights[name].copy_(weight)
-
-
-def _round(weight: Any, rounding: Any) -> Any:
-    """A weight as it reads back: scaled and shifted in float32, rounded, and all but the rounding undone, in float64."""
-    import torch
-
-    stored = (weight * rounding.scale + rounding.shift).to(getattr(torch, rounding.dtype))
-    return (stored.double() - rounding.shift) / rounding.scale
+def _arrays(tensors: Mapping[str, Any]) -> dict[str, Floats]:
+    """Tensors as float32 arrays, the same ones as the same."""
+    made: dict[int, Floats] = {}
+    return {name: made.setdefault(id(tensor), tensor.float().numpy()) for name, tensor in tensors.items()}

@@ -14,6 +14,21 @@ from shardconv.errors import CheckError, Problem
 
 
 @dataclass(frozen=True)
+class Described:
+    """What a checkpoint says about itself: its leaves by dotted name, each with its sharding, and the mesh that they belong on."""
+
+    path: str
+    leaves: Mapping[str, jax.ShapeDtypeStruct]
+    mesh: Mesh
+    metadata: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.leaves.values())
+
+
+@dataclass(frozen=True)
 class Restored:
     """Leaves by dotted name, each sharded as the checkpoint says, the mesh they are on, and what the checkpoint says about itself."""
 
@@ -22,24 +37,31 @@ class Restored:
     metadata: Mapping[str, Any]
 
 
-def restore(path: str, devices: Sequence[jax.Device]) -> Restored:
-    """Restores the tree at `path` onto devices, sharded by the PartitionSpecs that the checkpoint carries.
+def describe(path: str, devices: Sequence[jax.Device]) -> Described:
+    """The tree at `path` as it belongs on devices, by the PartitionSpecs that the checkpoint carries.
 
     The mesh is the plan's, or as much of it as there are devices. Raises CheckError where the checkpoint says nothing of itself.
     """
     with ocp.PyTreeCheckpointer() as checkpointer:
         found = checkpointer.metadata(path).item_metadata
-        metadata = found.custom_metadata or {}
-        ours = metadata.get("shardconv")
-        if not isinstance(ours, Mapping):
-            raise CheckError("the checkpoint cannot be checked", [Problem(f"{path} does not say how it was made", "convert it again")])
-        mesh = mesh_of(ours["mesh"], devices)
-        kinds = dict(_named(found.tree))
-        targets = {name: _target(kind, mesh, ours["partition_specs"].get(name, ())) for name, kind in kinds.items()}
-        tree = _nested(targets)
-        arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-        leaves = dict(_named(checkpointer.restore(path, args=arguments)))
-    return Restored(leaves, mesh, metadata)
+    metadata = found.custom_metadata or {}
+    ours = metadata.get("shardconv")
+    if not isinstance(ours, Mapping):
+        raise CheckError("the checkpoint cannot be checked", [Problem(f"{path} does not say how it was made", "convert it again")])
+    mesh = mesh_of(ours["mesh"], devices)
+    kinds = dict(_named(found.tree))
+    leaves = {name: _target(kind, mesh, ours["partition_specs"].get(name, ())) for name, kind in kinds.items()}
+    return Described(path, leaves, mesh, metadata)
+
+
+def restore(path: str, devices: Sequence[jax.Device]) -> Restored:
+    """Restores the tree at `path` onto devices; raises CheckError as `describe` does."""
+    described = describe(path, devices)
+    tree = _nested(described.leaves)
+    arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        leaves = dict(_named(checkpointer.restore(described.path, args=arguments)))
+    return Restored(leaves, described.mesh, described.metadata)
 
 
 def mesh_of(axes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
