@@ -149,6 +149,7 @@ def verify(
     check: Check = None,
     sample: Sample = None,
     trace: Trace = False,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Leave a page with plots there.")] = None,
     as_json: Json = False,
 ) -> None:
     """Read a finished checkpoint back and compare it with its source; exits with 4 where they differ."""
@@ -158,6 +159,10 @@ def verify(
     from shardconv.verify.verdict import raise_if_unequal
 
     found = compare(loaded)
+    if html is not None:
+        from shardconv.page import write_page
+
+        write_page({"source": loaded.source.path, "checkpoint": loaded.output.path, "check": found}, html)
     if as_json:
         _echo_json(found)
     else:

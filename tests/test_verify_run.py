@@ -98,6 +98,9 @@ def test_the_command(config: Config) -> None:
     found = json.loads(out)
     assert (code, found["weights"]["whole"], found["weights"]["seed"], found["equal"]) == (0, False, 5, True)
     assert " boxes (seed 0), " in type_in("verify", path, "--sample", "3")[1]
+    page = Path(path).with_name("page.html")
+    assert type_in("verify", path, "--html", str(page))[0] == 0
+    assert "Weights equal" in page.read_text()
     change(Path(config.output.path), "final_norm", wrong_norm)
     code, out, err = type_in("verify", path)
     assert code == ExitCode.CHECK
