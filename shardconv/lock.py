@@ -85,9 +85,10 @@ class Lock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._beats.join()
-        held = self._read()
-        if held is not None and held.token == self.owner.token:
-            os.unlink(self.path)
+        with suppress(OSError):  # a disk that takes nothing more; a lock whose owner is gone is taken over
+            held = self._read()
+            if held is not None and held.token == self.owner.token:
+                os.unlink(self.path)
 
     def check(self) -> None:
         """Raise RunError when the lock is no longer ours: this process was silent for longer than `LIFETIME` and another run went on."""
@@ -99,16 +100,17 @@ class Lock:
 
     def _create(self, path: str) -> bool:
         draft = f"{path}.{self.owner.token}.tmp"
-        with open(draft, "w", encoding="utf-8") as file:
-            json.dump(asdict(self.owner), file)
         try:
-            os.link(draft, path)  # appears with its content, or not at all
-        except FileExistsError:
-            return False
-        except OSError:  # file systems without hard links: a reader may see an empty lock for a moment
-            return self._create_plainly(path)
+            with open(draft, "w", encoding="utf-8") as file:
+                json.dump(asdict(self.owner), file)
+            try:
+                os.link(draft, path)  # appears with its content, or not at all
+            except FileExistsError:
+                return False
+            except OSError:  # file systems without hard links: a reader may see an empty lock for a moment
+                return self._create_plainly(path)
         finally:
-            os.unlink(draft)
+            _remove(draft)
         return True
 
     def _create_plainly(self, path: str) -> bool:
@@ -179,6 +181,7 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
-            held = self._read()
-            if held is not None and held.token == self.owner.token:
-                os.utime(self.path)
+            with suppress(OSError):  # a beat that a disk refuses is missed, and the next may get through; the run itself hears of its disk
+                held = self._read()
+                if held is not None and held.token == self.owner.token:
+                    os.utime(self.path)

@@ -21,8 +21,17 @@ from shardconv.errors import Problem, RunError, ShardconvError
 
 ATTEMPTS = 3  # per unit: one accident and one coincidence; a third failure is the unit's own fault
 
-# Text of errors that come back however often a unit is tried; TensorStore says them inside a ValueError.
-FULL = ("No space left on device", "Disk quota exceeded", "Read-only file system")
+AGAIN = "run the same command again"
+# What the system says of an output that takes nothing more, however often a unit is tried, and what to do about it. TensorStore says it
+# inside a ValueError, so the text counts.
+DISK = {
+    "No space left on device": f"make room, then {AGAIN}",
+    "Disk quota exceeded": f"remove something of yours or have the quota raised, then {AGAIN}",
+    "Read-only file system": f"mount it for writing, then {AGAIN}",
+    "File too large": f"raise the limit on the size of files (`ulimit -f` shows it), then {AGAIN}",
+    "Permission denied": f"see that you may write there, then {AGAIN}",
+    "Operation not permitted": f"see that you may write there (`lsattr` shows what is locked), then {AGAIN}",
+}
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,13 @@ def python_path() -> str:
     return os.pathsep.join(e for e in entries if os.path.isdir(e) and os.path.realpath(e) not in own)
 
 
+def disk_report(error: OSError, directory: str) -> RunError:
+    """An error of the disk under the output as the user reads it; `directory` stands for a file that the error does not name."""
+    said = error.strerror or str(error)
+    problem = Problem(f"{error.filename or directory}: {said}", DISK.get(said, f"mend this, then {AGAIN}"))
+    return RunError("cannot write the output", [problem])
+
+
 @dataclass
 class Failures:
     """Counts the failures of each unit, and says when it is enough; `name` describes a unit to the user."""
@@ -168,13 +184,12 @@ class Failures:
         """Count a failure; raises the unit's own report, or RunError when it will not pass or came `ATTEMPTS` times."""
         if failed.report is not None:
             raise failed.report
-        for full in FULL:
-            if full in failed.error:
-                fact = f"{self.name(failed.unit)}: {full}"
-                raise RunError("cannot write the output", [Problem(fact, "make room, then run the same command again")])
+        for said, remedy in DISK.items():
+            if said in failed.error:
+                raise RunError("cannot write the output", [Problem(f"{self.name(failed.unit)}: {said}", remedy)])
         count = self.counts[failed.unit] = self.counts.get(failed.unit, 0) + 1
         if count >= ATTEMPTS:
             fact = f"{self.name(failed.unit)}\nlast error: {failed.error}"
-            remedy = "run the same command again to go on from the finished units; -v shows every attempt"
+            remedy = f"{AGAIN} to go on from the finished units; -v shows every attempt"
             raise RunError(f"a unit failed {count} times", [Problem(fact, remedy)])
         return Retried(failed.unit, count, failed.error, failed.trace)

@@ -19,8 +19,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
+import psutil
+
 from shardconv.run import named, python_path
 
+# Seconds for a killed process to be gone. One that waits in the kernel for a dead disk does not go, and is left: it can complete nothing,
+# since its attempt's directory is renamed when it is discarded.
+GONE = 10.0
 QUOTED = 600  # characters of a dead child's log in an error: the last line of a C++ abort or of a Python traceback
 
 
@@ -67,16 +72,28 @@ class Child:
         except (EOFError, ConnectionResetError) as error:
             raise ChildDied(self._obituary()) from error
 
+    def cpu_seconds(self) -> float:
+        """CPU time the process has used so far: while it grows the process lives; 0 where it is gone."""
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return 0.0
+        return float(times.user + times.system)
+
     def stop(self) -> None:
         """End the process now, whatever it is doing, and wait for it."""
         self.connection.close()
         self.process.kill()
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(GONE)
         if self.process.stdin is not None:
             self.process.stdin.close()
 
     def _obituary(self) -> str:
-        code = self.process.wait()
+        try:
+            code = self.process.wait(GONE)
+        except subprocess.TimeoutExpired:
+            return f"its process (pid {self.pid}) closed its connection and does not end"
         if code < 0:
             name = signal.Signals(-code).name
             how = f"was killed by {name}" + (" (out of memory, perhaps)" if name == "SIGKILL" else "")

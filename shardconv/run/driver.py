@@ -13,6 +13,7 @@ A run that died between the commit and the end finds its checkpoint complete and
 The driver imports neither jax nor TensorStore, and Ray only when Ray is asked for.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from types import FrameType
@@ -31,7 +32,7 @@ from shardconv.errors import ConfigError, Problem, RunError
 from shardconv.ledger import Ledger
 from shardconv.lock import Lock
 from shardconv.plan import Plan
-from shardconv.run import Began, Event, Failed, Finished, Note, Patience, Ready, Retried, Sealed, Stage, Told
+from shardconv.run import AGAIN, Began, Event, Failed, Finished, Note, Patience, Ready, Retried, Sealed, Stage, Told, disk_report
 from shardconv.run.child import Child, ChildDied
 from shardconv.run.heartbeat import WorkerState, memory, read_workers
 from shardconv.run.job import Place, state_path
@@ -45,8 +46,9 @@ FINISH = "shardconv.run.finish:finish"
 # Importing jax and Orbax takes a second of CPU. Workers wait for disks now and then, so a process of the lowest priority has done it in
 # several times that without being felt: 8.3 s became 5.6 s for 2.5 GB on two busy cores. Then it holds 0.2 GB, so not from the beginning.
 AHEAD = 20.0  # seconds before the end, as far as it can be foreseen
+FULL = (errno.ENOSPC, errno.EDQUOT)
 SPEED = 500e6  # bytes per second, until there is a measured one
-AGAIN = "run the same command again; finished units are kept"
+KEPT = f"{AGAIN}; finished units are kept"
 
 
 # Compares what is written in a place, not yet where it replaces anything, with its source; the verdict goes into the outcome.
@@ -119,7 +121,7 @@ def drive(
     ledger = Ledger(state_path(request.output))
     if request.restart or ledger.header() is None:
         refuse_existing(request)  # before anything is created; `prepare` asks again with the lock held
-    with _created(ledger), _interrupted_by_sigterm(), Lock(ledger.state) as lock:
+    with _created(ledger), _interrupted_by_sigterm(), _disk_reports(ledger), Lock(ledger.state) as lock:
         if lock.taken_from is not None:
             tell(Note(f"took over from pid {lock.taken_from.pid} on {lock.taken_from.host}, which is gone"))
         try:
@@ -139,8 +141,9 @@ def _created(ledger: Ledger) -> Iterator[None]:
         ledger.create()
     except OSError as error:
         fact = f"{error.filename}: {error.strerror}"
-        kind = ConfigError if ledger.header_is_absent() else RunError  # the config's fault, or a disk that was there before
-        raise kind("cannot write beside the output", [Problem(fact, "choose an output.path that you may write to")]) from error
+        if error.errno in FULL or not ledger.header_is_absent():  # a disk that was there before, or will do when there is room
+            raise disk_report(error, ledger.state) from error
+        raise ConfigError("cannot write beside the output", [Problem(fact, "choose an output.path that you may write to")]) from error
     try:
         yield
     finally:
@@ -148,6 +151,17 @@ def _created(ledger: Ledger) -> Iterator[None]:
             for path in (f"{ledger.state}/done", ledger.workers, ledger.state):
                 with suppress(OSError):
                     os.rmdir(path)
+
+
+@contextmanager
+def _disk_reports(ledger: Ledger) -> Iterator[None]:
+    """An error of the disk, at whichever of the driver's own writes it comes up, is a report; a pipe that closed is none of the disk's."""
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise disk_report(error, ledger.state) from error
 
 
 @contextmanager
@@ -181,6 +195,7 @@ class _Run:
         self._request, self._plan, self._ledger, self._lock = request, plan, ledger, lock
         self._stages, self._tell, self._check = stages, tell, check
         self._verdict: Mapping[str, object] | None = None
+        self._kept = ExitStack()
         self._finisher: Child | None = None
         self._sealed: Sealed | None = None
         self._ready = Ready(0, "nobody")
@@ -189,6 +204,10 @@ class _Run:
         self._finished: list[tuple[float, Finished]] = []
 
     def go(self) -> Outcome:
+        with self._kept:
+            return self._go()
+
+    def _go(self) -> Outcome:
         prepared = prepare(self._request, self._plan, self._ledger)
         sizes = tuple(unit.bytes_written for unit in self._plan.units)
         self._tell(Began(sizes, frozenset(prepared.records), self._ledger.workers, self._request.budget))
@@ -223,7 +242,7 @@ class _Run:
             self._start_finisher()
             self._lock.check()
             cast(Child, self._finisher).send(self._ledger.state)
-            # Leaving here stops the executor, which takes Ray a second; the commit goes on meanwhile.
+            # Leaving here stops the executor, which takes Ray a second if no check needs it; the commit goes on meanwhile.
         self._sealed = self._await_seal()
 
     def _events(self, pending: Sequence[int]) -> Generator[Event, None, None]:
@@ -237,11 +256,14 @@ class _Run:
             )
         from shardconv.run import ray
 
+        slots = count if request.address is None else request.count or None
+        if self._check is not None:  # it is done by the same workers
+            self._kept.enter_context(ray.connected(request.address, slots, request.verbose))
         return ray.execute(
             self._ledger.state,
             pending,
             work=WORK,
-            count=count if request.address is None else request.count or None,
+            count=slots,
             address=request.address,
             source=self._plan.source.root,
             patience=PATIENCE,
@@ -280,14 +302,21 @@ class _Run:
 
     def _await_seal(self) -> Sealed:
         child, begun = cast(Child, self._finisher), time.monotonic()
+        alive, used = begun, child.cpu_seconds()
         while not wait([child.connection], timeout=PATIENCE.name_after):
-            self._tell(Note(f"the commit has taken {time.monotonic() - begun:.0f} s so far (pid {child.pid})"))
+            now = time.monotonic()
+            if (cpu := child.cpu_seconds()) != used:
+                alive, used = now, cpu
+            if now - alive >= PATIENCE.give_up_after:
+                fact = f"its process (pid {child.pid}) has done nothing for {now - alive:.0f} s"
+                raise RunError("the commit failed", [Problem(fact, KEPT)])
+            self._tell(Note(f"the commit has taken {now - begun:.0f} s so far (pid {child.pid})"))
         try:
             answer = cast(Sealed | Failed, child.receive())
         except ChildDied as death:
-            raise RunError("the commit failed", [Problem(str(death), AGAIN)]) from None
+            raise RunError("the commit failed", [Problem(str(death), KEPT)]) from None
         if isinstance(answer, Failed):
-            raise answer.report or RunError("the commit failed", [Problem(f"{answer.error}\n{answer.trace}", AGAIN)])
+            raise answer.report or RunError("the commit failed", [Problem(f"{answer.error}\n{answer.trace}", KEPT)])
         return answer
 
     def _outcome(self, prepared: Prepared) -> Outcome:
