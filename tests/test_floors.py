@@ -46,6 +46,7 @@ FLOORS: Mapping[str, int] = {
     "shardconv.run": 5,
     "shardconv.verify": 6,
     "shardconv.models": 6,
+    "shardconv.interop": 1,
     "shardconv.toml": 7,
     "shardconv.config_report": 7,
     "shardconv.config_sections": 7,
@@ -75,10 +76,11 @@ PURE_BUT = {"shardconv.plan": {"pydantic"}}  # a plan goes to the workers as JSO
 # Beyond that: which modules may import these, by prefix. What is not listed may be imported from any floor above PURE_FLOOR.
 ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "tensorstore": ("shardconv.sinks", "shardconv.verify"),
-    "jax": ("shardconv.sinks.orbax_commit", "shardconv.verify", "shardconv.models"),
+    "jax": ("shardconv.sinks.orbax_commit", "shardconv.verify", "shardconv.models", "shardconv.interop"),
     "orbax": ("shardconv.sinks.orbax_commit", "shardconv.verify"),
     "ray": ("shardconv.run.ray",),
-    "torch": ("shardconv.verify",),
+    "torch": ("shardconv.verify", "shardconv.interop"),
+    "torchax": ("shardconv.interop",),
     "transformers": ("shardconv.verify",),
     "typer": ("shardconv.cli", "shardconv.door"),
 }
