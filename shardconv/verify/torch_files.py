@@ -76,7 +76,8 @@ def places(path: str, prefix: str) -> Iterator[tuple[str, Place]]:
                 begin = _begin(file, members[f"{top}data/{key}"])
                 if not _is_plain(tensor[2], tensor[3]):
                     _fail(path, f"{name} is not stored row after row")
-                yield name, (code, tensor[2], begin + tensor[1] * WIDTHS.get(code, 1))
+                shape = tensor[2] if code != "F4" else (*tensor[2][:-1], 2 * tensor[2][-1])  # two to a byte, and bytes are what is counted
+                yield name, (code, shape, begin + tensor[1] * WIDTHS.get(code, 1))
     except (*_DAMAGES, OSError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error) as error:
         _fail(path, f"{type(error).__name__}: {error}")
 
