@@ -3,13 +3,16 @@
     weights   what is stored against the source, bit by bit (`verify.weights`)
     logits    what both models compute (`verify.logits`), always in a child process: it loads JAX and torch, and ends with them
 
-Both commands build the same requests. `verify` compares the weights in this process; a run asks a child for that too, since the driver
-loads no TensorStore. What a comparison needs and is not there is said by `require`, before any byte is written.
+Both commands build the same requests. `verify` compares the weights in this process and on its workers; a run asks a child or a Ray task
+for that, since the driver loads no TensorStore. What a comparison needs and is not there is said by `require`, before any byte is written.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from shardconv.budget import this_machine
@@ -18,10 +21,10 @@ from shardconv.errors import CheckError, ConfigError, Problem
 from shardconv.models.hf import decoder_of
 from shardconv.plan import Plan
 from shardconv.planning import plan_from_config, worker_budget
-from shardconv.run import named
+from shardconv.run import Began, Stage, named
 from shardconv.sinks.paths import final_path
 from shardconv.verify.logit_request import Bounds, LogitRequest
-from shardconv.verify.pool import ENVIRONMENT, answer_of_child
+from shardconv.verify.pool import ENVIRONMENT, answer_of_child, answer_of_task
 from shardconv.verify.reference import require_torch
 from shardconv.verify.request import Request
 from shardconv.verify.roundings import roundings
@@ -48,19 +51,49 @@ def verify(config: Config) -> Json:
         raise ConfigError("there is nothing to verify", [Problem(f"there is no checkpoint at {folder}", remedy)])
     plan = plan_from_config(config, compare_ends=True)
     require(config, plan)
-    return _verdict(config, plan, folder, weights=checked)
+    address = os.environ.get("RAY_ADDRESS") or config.workers.address  # as it is for a run
+    with _shown_on_a_terminal() as progress:
+        return _verdict(config, plan, folder, address, progress, weights=checked)
 
 
-def check_run(config: Config, plan: Plan, folder: str) -> Json:
-    """The verdict on what a run has written, by child processes; raises what `verify` raises, and RunError where a child dies."""
-    return _verdict(config, plan, folder, weights=lambda request: answer_of_child("shardconv.checking:checked", request, ENVIRONMENT))
+@contextmanager
+def _shown_on_a_terminal() -> Iterator[str]:
+    """A live view of the check, and the directory in which it looks; "" and nothing where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield ""
+        return
+    from shardconv.progress import watching
+
+    with tempfile.TemporaryDirectory() as folder, watching(quiet=False, verbose=False, json_logs=False) as view:
+        view.hear(Began((), frozenset(), folder, 0))
+        view.hear(Stage("check"))
+        yield folder
 
 
-def _verdict(config: Config, plan: Plan, folder: str, weights: Callable[[Request], Json]) -> Json:
+def check_run(config: Config, plan: Plan, folder: str, progress: str) -> Json:
+    """The verdict on what a run has written; how far it is goes into the directory `progress`.
+
+    Raises what `verify` raises, and RunError where a process dies. Ray, where the run has it, is used on.
+    """
+    return _verdict(config, plan, folder, config.workers.address, progress, weights=_answered_elsewhere)
+
+
+def _answered_elsewhere(request: Request) -> Json:
+    function = "shardconv.checking:checked"
+    if request.executor == "ray":
+        found: Json = answer_of_task(function, request, request.address, request.workers)
+        return found
+    answer: Json = answer_of_child(function, request, ENVIRONMENT)
+    return answer
+
+
+def _verdict(
+    config: Config, plan: Plan, folder: str, address: str | None, progress: str, weights: Callable[[Request], Json]
+) -> Json:
     """Both verdicts under one: "weights" and "logits" are null where the config does not ask for them."""
     mode = config.check.mode if config.check.mode != "none" else "weights"
     parts = {
-        "weights": weights(request_of(config, plan, folder)) if mode in ("weights", "all") else None,
+        "weights": weights(request_of(config, plan, folder, address, progress)) if mode in ("weights", "all") else None,
         "logits": _logits(config, plan, folder) if mode in ("logits", "all") else None,
     }
     problems = [problem for part in parts.values() if part is not None for problem in part["problems"]]
@@ -158,19 +191,23 @@ def refuse_to_replace(found: Mapping[str, Any], folder: str, kept: str) -> None:
         raise CheckError(error.title, [*error.problems, Problem(fact, "--restart --overwrite converts again")]) from None
 
 
-def request_of(config: Config, plan: Plan, folder: str) -> Request:
+def request_of(config: Config, plan: Plan, folder: str, address: str | None, progress: str) -> Request:
     """What the check of the weights is asked for."""
-    target, sample = config.target, config.check.sample
+    target, workers, sample = config.target, config.workers, config.check.sample
+    joined = None if workers.executor == "local" or address == "local" else address
     return Request(
         folder=os.path.abspath(folder),
         plan=plan,
         choices=Choices(
             target.layout, target.scan_layers, target.dtype, target.query_dtype or "", target.rope, target.vocab_size or 0
         ),
-        workers=config.workers.count or this_machine().cores,
+        workers=workers.count or (this_machine().cores if joined is None else 0),
         memory=worker_budget(config),
         sample=None if sample == "auto" else 0 if sample == "all" else sample,
         seed=config.check.seed,
+        executor=workers.executor,
+        address=joined,
+        progress=progress,
     )
 
 

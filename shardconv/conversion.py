@@ -77,7 +77,7 @@ def _check_of(config: Config, plan: Plan) -> Check | None:
 
     def check(place: Place) -> Json:
         folder = final_path(place.out, place.step, place.item)
-        found = check_run(config, plan, folder)
+        found = check_run(config, plan, folder, Ledger(place.state).workers)
         if place.aside and place.committed != place.checkpoint and os.path.lexists(place.checkpoint):
             refuse_to_replace(found, folder, place.checkpoint)
         return found

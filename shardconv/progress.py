@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shardconv.run import Began, Finished, Note, Ready, Retried, Stage, Told, Waiting
-from shardconv.run.heartbeat import WorkerState, read_workers
+from shardconv.run.heartbeat import WorkerState, read_compared, read_workers
 
 EVERY = 30.0  # seconds between two lines in a log: a silence that a person, or a cluster's watchdog, does not take for a hang
 WINDOW = 30.0  # seconds over which a rate is taken: some units of the slowest disks
@@ -96,6 +96,7 @@ class Tally:
         """Take in one event."""
         if isinstance(told, Stage):
             self.stage = told.name
+            self._samples.clear()  # a rate is of one kind of work
         elif isinstance(told, Ready):
             self.ready = told
         elif isinstance(told, Began):
@@ -109,22 +110,27 @@ class Tally:
         sizes = self.began.sizes
         flying = {w.unit: w.unit_bytes for w in workers if w.unit is not None and w.unit not in self._done and w.unit < len(sizes)}
         done = sum(sizes[unit] for unit in self._done) + sum(min(b, sizes[unit]) for unit, b in flying.items())
-        total = sum(sizes)
+        return self._at(now, done, sum(sizes), len(self._done), len(sizes))
+
+    def comparing(self, now: float, done: int, total: int) -> Progress:
+        """How far the check is at the moment `now`."""
+        return self._at(now, done, total, 0, 0)
+
+    def _at(self, now: float, done: int, total: int, units_done: int, units: int) -> Progress:
         self._samples.append((now, done))
         while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
             self._samples.popleft()
         then, before = self._samples[0]
         rate = max(0.0, (done - before) / (now - then)) if now > then else 0.0
-        return Progress(done, total, rate, (total - done) / rate if rate else None, len(self._done), len(sizes))
+        return Progress(done, total, rate, (total - done) / rate if rate else None, units_done, units)
 
 
 def line(tally: Tally, progress: Progress, workers: Sequence[WorkerState]) -> str:
     """A heartbeat as one line of a log."""
     share = 100 * progress.done_bytes // progress.total_bytes if progress.total_bytes else 0
-    parts = [
-        f"{STAGES.get(tally.stage, tally.stage)}: {amount(progress.done_bytes)} of {amount(progress.total_bytes)} ({share}%)",
-        f"{progress.units_done} of {progress.units} units",
-    ]
+    parts = [f"{STAGES.get(tally.stage, tally.stage)}: {amount(progress.done_bytes)} of {amount(progress.total_bytes)} ({share}%)"]
+    if progress.units:
+        parts.append(f"{progress.units_done} of {progress.units} units")
     if progress.bytes_per_second:
         parts.append(f"{amount(progress.bytes_per_second)}/s")
     if progress.seconds_left:
@@ -180,7 +186,10 @@ class _Watching:
 
     def look(self) -> tuple[Progress, tuple[WorkerState, ...]]:
         with self.lock:
-            workers = read_workers(self.tally.began.workers) if self.tally.began.workers else ()
+            folder = self.tally.began.workers
+            if self.tally.stage == "check" and folder and (compared := read_compared(folder)):
+                return self.tally.comparing(time.monotonic(), *compared), ()
+            workers = read_workers(folder) if folder else ()
             return self.tally.progress(time.monotonic(), workers), workers
 
 
@@ -253,12 +262,13 @@ class Screen(_Watching):
 def screen(tally: Tally, progress: Progress, workers: Sequence[WorkerState]) -> RenderableType:
     """The live part: a bar with numbers, and a table of the workers."""
     top = Table.grid(padding=(0, 2))
-    left = f"{span(progress.seconds_left)} left" if progress.seconds_left and tally.stage == "units" else ""
+    moving = tally.stage == "units" or (tally.stage == "check" and progress.bytes_per_second > 0)
+    left = f"{span(progress.seconds_left)} left" if progress.seconds_left and moving else ""
     top.add_row(
         Text(STAGES.get(tally.stage, tally.stage), style="bold"),
         ProgressBar(total=max(progress.total_bytes, 1), completed=progress.done_bytes, width=20),
         f"{amount(progress.done_bytes)} of {amount(progress.total_bytes)}",
-        f"{amount(progress.bytes_per_second)}/s" if tally.stage == "units" else "",
+        f"{amount(progress.bytes_per_second)}/s" if moving else "",
         left,
         f"{progress.units_done} of {progress.units} units" if progress.units else "",
     )

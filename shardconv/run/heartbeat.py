@@ -114,6 +114,24 @@ def read_workers(directory: str) -> tuple[WorkerState, ...]:
     return tuple(states)
 
 
+COMPARED = "compared"  # beside the heartbeats: bytes that the check has compared, and those that it will
+
+
+def tell_compared(directory: str, done: int, total: int) -> None:
+    """Say how far the check is."""
+    write_atomically(os.path.join(directory, COMPARED), json.dumps([done, total]), durable=False)
+
+
+def read_compared(directory: str) -> tuple[int, int] | None:
+    """How far the check is; None where there is none."""
+    try:
+        with open(os.path.join(directory, COMPARED), encoding="utf-8") as file:
+            done, total = json.load(file)
+    except FileNotFoundError:
+        return None
+    return done, total
+
+
 def bury(directory: str, unit: int) -> WorkerState | None:
     """Take a unit from the worker that said it has it, because that worker is gone; returns what the worker said last."""
     owner = None

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -63,10 +64,7 @@ def execute(
     cannot be joined or whose nodes cannot do the work.
     """
     started = not ray.is_initialized()
-    try:
-        if started:
-            with _signals_deferred():
-                _start(count or 1, verbose) if address is None else _join(address, verbose)
+    with connected(address, count, verbose):
         if address is not None:
             _probe(Ledger(state), source)
         tasks = _Tasks(state, units, work, count, patience, Failures(name))
@@ -75,9 +73,20 @@ def execute(
         finally:
             if not started:  # our own Ray, or our own job on a cluster, ends with all its tasks
                 tasks.cancel()
+
+
+@contextmanager
+def connected(address: str | None, count: int | None, verbose: bool) -> Iterator[None]:
+    """Ray for a while: the one that this process has, or one that is started, or joined, here and left at the end."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        with _signals_deferred():
+            _start(count or 1, verbose) if address is None else _join(address, verbose)
+        yield
     finally:
-        if started:
-            ray.shutdown()
+        ray.shutdown()
 
 
 def _start(count: int, verbose: bool) -> None:
@@ -150,6 +159,56 @@ def _signals_deferred() -> Iterator[None]:
             handler(late, frame)
 
 
+class TaskDied(Exception):
+    """The process of a task is gone; the message says how."""
+
+
+def slots(count: int | None) -> int:
+    """How many tasks of one CPU the connected Ray does at a time, if `count` allows as many."""
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    return max(1, cpus if count is None else min(cpus, count))
+
+
+def results(function: Callable[..., Any], arguments: Sequence[tuple[object, ...]], count: int | None) -> Iterator[Any]:
+    """What a function of a module makes of each tuple of arguments, as tasks of the connected Ray and as they come; raises TaskDied."""
+    yield from _results(ray.remote(num_cpus=1, max_retries=0)(function), arguments, _window(count))
+
+
+def result_beside(function: Callable[..., Any], *arguments: object) -> Any:
+    """What a function of a module makes of its arguments in a task on this host that takes no CPU from others, since it waits for them."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=here)
+    (found,) = _results(task, [arguments], 1)
+    return found
+
+
+def _results(task: Any, arguments: Sequence[tuple[object, ...]], window: int) -> Iterator[Any]:
+    queue = deque(arguments)
+    flying: set[ray.ObjectRef[Any]] = set()
+    try:
+        while queue or flying:
+            while queue and len(flying) < window:
+                flying.add(task.remote(*queue.popleft()))
+            done, _ = ray.wait(list(flying), num_returns=1, timeout=WAKE)
+            for ref in done:
+                flying.remove(ref)
+                try:
+                    found = ray.get(ref)
+                except RayError as error:
+                    raise TaskDied(_first_line(error)) from error
+                yield found
+    finally:
+        for ref in flying:
+            ray.cancel(ref, force=True)
+
+
+def _window(count: int | None) -> int:
+    """How many tasks are in flight at a time."""
+    # Ray itself keeps more than `slots` from running at a time, unless the user asks for fewer than the cluster has.
+    many = slots(count)
+    return 2 * many if many >= int(ray.cluster_resources().get("CPU", 0)) else many
+
+
 class _Tasks:
     def __init__(
         self, state: str, units: Sequence[int], work: str, count: int | None, patience: Patience, failures: Failures
@@ -163,7 +222,7 @@ class _Tasks:
         self._task = ray.remote(num_cpus=1, max_retries=0)(attempt)
 
     def run(self, where: str) -> Iterator[Event]:
-        yield Ready(min(self._slots(), len(self._queue)), f"Ray on {where}")
+        yield Ready(min(slots(self._count), len(self._queue)), f"Ray on {where}")
         while self._queue or self._flying:
             self._hand_out()
             done, _ = ray.wait(list(self._flying), num_returns=1, timeout=WAKE)
@@ -176,17 +235,8 @@ class _Tasks:
         for ref in self._flying:
             ray.cancel(ref, force=True)
 
-    def _slots(self) -> int:
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        return max(1, cpus if self._count is None else min(cpus, self._count))
-
-    def _window(self) -> int:
-        slots = self._slots()
-        # Ray itself keeps more than `slots` from running at a time, unless the user asks for fewer than the cluster has.
-        return 2 * slots if slots >= int(ray.cluster_resources().get("CPU", 0)) else slots
-
     def _hand_out(self) -> None:
-        window = self._window()
+        window = _window(self._count)
         while self._queue and len(self._flying) < window:
             unit = self._queue.popleft()
             arguments = (self._work, self._state, unit)
@@ -236,18 +286,29 @@ def _probe(ledger: Ledger, source: str) -> None:
     path = os.path.join(ledger.state, "probe")
     write_atomically(path, word, durable=True)
     try:
-        nodes = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
-        task = ray.remote(num_cpus=0, max_retries=0)(look)
-        asked = {
-            node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path, source)
-            for node in nodes
-        }
-        deadline = time.monotonic() + PROBE
-        problems = [p for node, ref in asked.items() for p in _judge(nodes[node], ref, deadline, path, word, source)]
+        problems = _ask_nodes(path, word, source)
     finally:
         os.unlink(path)
     if problems:
         raise RunError("the cluster cannot do this conversion", problems)
+
+
+def require_seen(path: str, source: str) -> None:
+    """Every node of a cluster reads the same file and looks at the source; raises RunError naming those that cannot."""
+    with open(path, encoding="utf-8") as file:
+        problems = _ask_nodes(path, file.read(), source)
+    if problems:
+        raise RunError("the cluster cannot do this check", problems)
+
+
+def _ask_nodes(path: str, word: str, source: str) -> list[Problem]:
+    nodes = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
+    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    asked = {
+        node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path, source) for node in nodes
+    }
+    deadline = time.monotonic() + PROBE
+    return [p for node, ref in asked.items() for p in _judge(nodes[node], ref, deadline, path, word, source)]
 
 
 def look(path: str, source: str) -> tuple[str, bool, str]:

@@ -33,6 +33,11 @@ def _worker(state: str, _begun: tuple[int, int]) -> _Worker:
     return _Worker(ledger, load_job(ledger), load_plan(ledger), Heartbeat(ledger.workers))
 
 
+def forget() -> None:
+    """Give back what this process keeps from unit to unit: the plan, and the buffers."""
+    _worker.cache_clear()
+
+
 def run_unit(state: str, unit: int) -> Finished:
     """Do one unit of the plan in `state`, under an attempt's name that nobody has used, and record it; durable on return.
 

@@ -44,6 +44,11 @@ class Task:
     memory: int
     first: int | None
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its boxes."""
+        return sum(map(volume, self.boxes)) * numpy_dtype(self.reference.dtype).itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:

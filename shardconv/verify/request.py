@@ -10,7 +10,8 @@ from shardconv.verify.second import Choices
 class Request:
     """What to check: the pytree in `folder` against the source of the plan, as the config chose it.
 
-    `memory` is bytes for each of `workers`; `sample` is boxes per leaf, 0 for every element, None for as the size says.
+    `memory` is bytes for each of `workers` of the executor, 0 for all that the cluster at `address` has; `sample` is boxes per leaf, 0 for
+    every element, None for as the size says. How far the check is goes into the directory `progress`, if there is one.
     """
 
     folder: str
@@ -20,3 +21,6 @@ class Request:
     memory: int
     sample: int | None
     seed: int
+    executor: str = "local"
+    address: str | None = None
+    progress: str = ""

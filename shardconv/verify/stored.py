@@ -19,6 +19,7 @@ from shardconv.errors import CheckError, Problem
 
 Array = npt.NDArray[Any]
 Box = tuple[tuple[int, int], ...]
+METADATA = "_METADATA"  # of a pytree: its names, its options, and what its writer keeps with it
 # Nothing is cached, and a worker has one core: more threads would each hold a chunk. Files are mapped: to read a chunk into memory of its
 # own takes the kernel 1.3 s per GB, for pages that it zeroes first, and the copy out of the map 0.2 s.
 LEAN = {
@@ -44,7 +45,7 @@ class Stored:
     def __init__(self, folder: str) -> None:
         self.folder = os.path.abspath(folder)
         try:
-            with open(os.path.join(self.folder, "_METADATA"), encoding="utf-8") as file:
+            with open(os.path.join(self.folder, METADATA), encoding="utf-8") as file:
                 self._metadata = json.load(file)
             self.names = [".".join(str(step["key"]) for step in leaf["key_metadata"]) for leaf in self._metadata["tree_metadata"].values()]
         except (OSError, ValueError, KeyError, TypeError) as error:

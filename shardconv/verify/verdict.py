@@ -17,6 +17,7 @@ class Verdict:
     `leaves` of them were compared, `elements` elements in `nbytes` bytes; `rounded` leaves hold rounded values. `whole` says that every
     element was looked at, else `boxes` were, chosen by `seed`. `independent` says that the reference is a second statement and not the
     plan's own addresses. `checksums` is how many leaves' checksums were made again. `nan` and `inf` count values of the checkpoint.
+    `workers` of the `executor` looked at it; `cpu_seconds` are theirs as well, `peak_rss` is of the heaviest process.
     """
 
     problems: tuple[Problem, ...]
@@ -32,6 +33,7 @@ class Verdict:
     checksums: int
     nan: int
     inf: int
+    executor: str
     workers: int
     pid: int
     seconds: float
@@ -56,6 +58,7 @@ class Verdict:
             "checksums": self.checksums,
             "nan": self.nan,
             "inf": self.inf,
+            "executor": self.executor,
             "workers": self.workers,
             "pid": self.pid,
             "seconds": round(self.seconds, 3),

@@ -11,7 +11,6 @@ Nothing here is fast on purpose but the values; nothing stops at the first diffe
 import math
 import os
 import re
-import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,25 +19,27 @@ import xxhash
 
 from shardconv.boxes import chunk_box, grid_shape
 from shardconv.errors import Problem
+from shardconv.run.heartbeat import memory, tell_compared
 from shardconv.verify import addresses, second
 from shardconv.verify.causes import Doubt
 from shardconv.verify.compare import Odd
 from shardconv.verify.look import Place, Sight, Task, opened
-from shardconv.verify.pool import answers
+from shardconv.verify.pool import Workers, at_work
 from shardconv.verify.request import Request
 from shardconv.verify.sampling import boxes
 from shardconv.verify.statement import Reference
-from shardconv.verify.stored import Stored, StoredLeaf
+from shardconv.verify.stored import METADATA, Stored, StoredLeaf
 from shardconv.verify.tensors import Tensors, numpy_dtype
 from shardconv.verify.verdict import Verdict
 
-# A worker compares some 0.3 to 0.5 GB a second, so this much takes it under a minute, which nobody minds after a conversion that read and
-# wrote as much; up to here every element is looked at. Half would leave an 8B model on two workers to samples; twice would be felt.
+# A worker compares some 0.5 GB a second, so this much takes it half a minute, which nobody minds after a conversion that read and wrote as
+# much; up to here every element is looked at. Half would leave an 8B model on two workers to samples; twice would be felt.
 WHOLE_PER_WORKER = 16 << 30
 # Boxes of each leaf beyond that, besides those that every slice and corner has anyway.
 BOXES = 64
 # Bytes of chunks in one task, and boxes in one: enough that starting it does not show, few enough that workers end together.
-TASK_BYTES, TASK_BOXES = 256 << 20, 256
+TASK_BYTES, TASK_BOXES = 128 << 20, 256
+TELL = 0.5  # seconds between two words on how far it is, as heartbeats have them
 # Beginnings of causes that leaves of different names may share.
 COMMON = ("the factor", "the summand", "RoPE order", "rounded through", "cut off")
 LOST = "the file is damaged or incomplete: convert again with --overwrite"
@@ -52,24 +53,29 @@ def check(request: Request) -> Verdict:
     Raises InputError where the source cannot be read, CheckError where the checkpoint cannot, RunError where a worker dies.
     """
     opened.cache_clear()  # what this process has open may be an earlier checkpoint of the same place
-    return _Check(request).run()
+    stored = Stored(request.folder)
+    where = (os.path.join(stored.folder, METADATA), request.plan.source.root)
+    with at_work(request.executor, request.workers, request.address, *where) as workers:
+        return _Check(request, stored, workers).run()
 
 
 @dataclass
 class _Check:
     request: Request
+    stored: Stored
+    workers: Workers
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> Verdict:
         """The whole check."""
-        started, cpu = time.perf_counter(), _cpu_seconds()
+        started, cpu = time.perf_counter(), time.process_time()
         request, plan = self.request, self.request.plan
         place = Place(request.folder, plan.source.root, tuple(plan.source.files), plan.source.prefix)
         stored = Stored(request.folder)
         references, independent = self._references(place)
         sound = self._compare_trees(references, stored)
-        whole = request.sample == 0 or (request.sample is None and plan.target_bytes <= WHOLE_PER_WORKER * request.workers)
+        whole = request.sample == 0 or (request.sample is None and plan.target_bytes <= WHOLE_PER_WORKER * self.workers.count)
         tasks = [task for reference in sound for task in self._tasks(place, reference, stored.leaf(reference.name), whole)]
         sights = self._look(tasks)
         made = self._compare_checksums(sights, stored) if whole else {}
@@ -91,11 +97,12 @@ class _Check:
             checksums=len(made),
             nan=odd.nan,
             inf=odd.inf,
-            workers=request.workers,
+            executor=self.workers.executor,
+            workers=self.workers.count,
             pid=os.getpid(),
             seconds=time.perf_counter() - started,
-            cpu_seconds=_cpu_seconds() - cpu,
-            peak_rss=max(resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),
+            cpu_seconds=time.process_time() - cpu + self.workers.cpu_seconds,
+            peak_rss=max(memory()[1], self.workers.peak_rss),
         )
 
     def _references(self, place: Place) -> tuple[list[Reference], bool]:
@@ -154,10 +161,21 @@ class _Check:
             yield Task(place, reference, some, memory, start)
 
     def _look(self, tasks: Sequence[Task]) -> dict[str, Sight]:
-        sights: dict[str, Sight] = {}
-        for _, sight in answers("shardconv.verify.look:look", tasks, self.request.workers):
-            sights.setdefault(sight.leaf, Sight(sight.leaf)).add(sight)
+        tasks = sorted(tasks, key=lambda task: -task.nbytes)  # so that workers end together
+        sights = {task.reference.name: Sight(task.reference.name) for task in tasks}
+        done, told = 0, self._tell(0, total := sum(task.nbytes for task in tasks))
+        for number, sight in self.workers.answers("shardconv.verify.look:look", tasks):
+            sights[sight.leaf].add(sight)
+            done += tasks[number].nbytes
+            if time.monotonic() - told >= TELL or done == total:
+                told = self._tell(done, total)
         return sights
+
+    def _tell(self, done: int, total: int) -> float:
+        """Say how far the check is; the moment at which it was said."""
+        if self.request.progress:
+            tell_compared(self.request.progress, done, total)
+        return time.monotonic()
 
     def _compare_promises(self, references: Sequence[Reference], sights: Mapping[str, Sight]) -> None:
         """A leaf that has what it should, but whose values change where the plan calls them exact."""
@@ -195,7 +213,7 @@ class _Check:
             if first is not None:
                 asked.append(name)
                 doubts.append(Doubt(place, references[name], first.index, self.request.memory))
-        causes = {asked[number]: cause for number, cause in answers("shardconv.verify.causes:explain", doubts, self.request.workers)}
+        causes = {asked[number]: cause for number, cause in self.workers.answers("shardconv.verify.causes:explain", doubts)}
         groups: dict[tuple[str, str], list[str]] = {}
         for name in wrong:
             cause = causes.get(name, "")
@@ -247,10 +265,3 @@ def _alike(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
-
-
-def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
