@@ -7,8 +7,9 @@ after success only `report.json`; whoever asked for the run may put a page besid
 A record appears complete or not at all: it is written under another name, synced, and linked into place, and only after the unit's data are
 durable. The first record of a unit wins; a second attempt (a worker that was believed dead) learns that it lost and drops its data.
 
-A state is continued only when the header of the present run equals the recorded one in everything that decides a byte of the output:
-`differences` lists what changed, and the caller refuses. A source that moved is the same source; a file touched in place is not.
+A state is continued only when the header of the present run equals the recorded one in everything that may decide a byte of the output,
+versions included: `differences` lists what changed, and the caller refuses. A source that moved is the same source; a file touched in
+place is not.
 """
 
 import json
@@ -22,7 +23,7 @@ from typing import cast
 
 from shardconv.errors import ConfigError, InputError, Problem
 
-SCHEMA = 1
+SCHEMA = 2  # 2: the version of Orbax
 SHOWN = 12  # lines of a list of differences; the rest is counted
 
 
@@ -65,12 +66,13 @@ class SourceMark:
 
 @dataclass(frozen=True)
 class Header:
-    """What is being made from what: all of it decides bytes of the output, but `version`, `root` and `budget` (bytes per worker).
+    """What is being made from what, and by which versions of shardconv and Orbax; `root` and `budget` (bytes per worker) decide no byte.
 
     `settings` are the config's keys that decide the output, dotted, as JSON values (`target.dtype` -> `bfloat16`).
     """
 
     version: str
+    orbax: str
     digest: str
     root: str
     files: Mapping[str, SourceMark]
@@ -96,11 +98,10 @@ def differences(previous: Header, present: Header) -> tuple[Difference, ...]:
     found = _settings_differences(previous.settings, present.settings)
     for name in sorted(previous.files.keys() | present.files.keys()):
         found += _file_differences(name, previous.files.get(name), present.files.get(name), previous.root == present.root)
+    versions = (("shardconv", previous.version, present.version), ("orbax-checkpoint", previous.orbax, present.orbax))
+    found += [Difference(what, before, now) for what, before, now in versions if before != now]
     if not found and previous.digest != present.digest:
-        if previous.version != present.version:
-            found.append(Difference("shardconv", previous.version, present.version))
-        else:
-            found.append(Difference("plan", previous.digest[:12], present.digest[:12]))
+        found.append(Difference("plan", previous.digest[:12], present.digest[:12]))
     return tuple(found)
 
 
@@ -137,7 +138,7 @@ def refusal(output: str, found: Sequence[Difference], finished: int) -> ConfigEr
     units = f"{finished} finished unit{'' if finished == 1 else 's'}"
     remedy = f"go back to what it was, or use --restart to discard the {units}"
     kind = InputError if all(difference.of_source for difference in found) else ConfigError
-    return kind(f"{output} was begun with another config or source", [*problems, Problem(last.fact, remedy)])
+    return kind(f"{output} was begun with another config, source or version", [*problems, Problem(last.fact, remedy)])
 
 
 # ---------------------------------------------------------------------------------------------------------------- ledger

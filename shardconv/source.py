@@ -277,10 +277,11 @@ def is_extra_layer(key: str, config: Mapping[str, object] | None) -> bool:
     return numbered is not None and bool(counts) and int(numbered[1]) >= counts[0]
 
 
-def check_unchanged(source: Source) -> list[Problem]:
-    """What changed in the source's files since their headers were read; costs one stat per file when nothing did."""
+def check_unchanged(source: Source, names: Iterable[str] | None = None) -> list[Problem]:
+    """What changed in the source's files, or in those of these names, since their headers were read; one stat per file when nothing did."""
     problems = []
-    for name, file in source.files.items():
+    for name in source.files if names is None else sorted(names):
+        file = source.files[name]
         try:
             stat = os.stat(os.path.join(source.root, name))
             if (stat.st_size, stat.st_mtime_ns) == (file.size, file.mtime_ns):

@@ -89,7 +89,7 @@ def test_a_run_with_less_memory_goes_on_where_the_chunks_fit_it(tmp_path: Path, 
     with pytest.raises(ConfigError) as caught:
         run(make_config(tmp_path, source, "workers.memory_budget=300KiB"), options())
     assert str(caught.value) == (
-        f"{tmp_path}/out was begun with another config or source (1 problem):\n"
+        f"{tmp_path}/out was begun with another config, source or version (1 problem):\n"
         '  workers.memory_budget was "64MiB", is "300KiB"\n'
         "      go back to what it was, or use --restart to discard the 0 finished units"
     )

@@ -4,25 +4,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import safetensors
-from conversions import make_config, make_source, plan_finely
+from conversions import Conversion, assert_complete, interrupt_after, interrupt_at, make_config, make_source, plan_finely
 
-from shardconv.config import Config, RunOptions
-from shardconv.conversion import request_of
 from shardconv.errors import CheckError, ConfigError, InputError, RunError
 from shardconv.ledger import Ledger
 from shardconv.lock import Lock
-from shardconv.plan import Plan
 from shardconv.run import Began, Finished, Note, Ready, Retried, Stage, Told, python_path
-from shardconv.run.driver import Outcome, Stages, change_places, drive
-from shardconv.run.job import Place, state_path
+from shardconv.run.driver import change_places
+from shardconv.run.job import Place
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -32,98 +25,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_source(tmp_path_factory.mktemp("model"))
 
 
-@dataclass
-class Conversion:
-    """A conversion that can be driven again and again; `told` is what the last drive told."""
-
-    root: Path
-    config: Config
-    plan: Plan
-    told: list[Told] = field(default_factory=list)
-
-    @property
-    def out(self) -> Path:
-        return self.root / "out"
-
-    @property
-    def ledger(self) -> Ledger:
-        return Ledger(state_path(str(self.out)))
-
-    def drive(self, on: Callable[[Told], None] = lambda told: None, *, restart: bool = False, overwrite: bool = False) -> Outcome:
-        """`on` is called with whatever is told, and may interrupt by raising."""
-        self.told = []
-
-        def tell(told: Told) -> None:
-            self.told.append(told)
-            on(told)
-
-        options = RunOptions(restart=restart, overwrite=overwrite, verbosity=0, json_logs=False)
-        return drive(request_of(self.config, options), self.plan, Stages(tell), tell, lambda outcome: {"units": len(outcome.records)}, None)
-
-    def stop_after(self, units: int) -> None:
-        """Drive until some units are finished, then interrupt."""
-        with pytest.raises(RunError, match="interrupted"):
-            self.drive(interrupt_after(units))
-
-    def finished(self) -> list[int]:
-        return [told.unit for told in self.told if isinstance(told, Finished)]
-
-
-def interrupt_after(units: int) -> Callable[[Told], None]:
-    seen = []
-
-    def on(told: Told) -> None:
-        if isinstance(told, Finished):
-            seen.append(told.unit)
-        if len(seen) == units:
-            raise KeyboardInterrupt
-
-    return on
-
-
-def interrupt_at(stage: str) -> Callable[[Told], None]:
-    def on(told: Told) -> None:
-        if told == Stage(stage):
-            raise KeyboardInterrupt
-
-    return on
-
-
 @pytest.fixture
 def conversion(tmp_path: Path, source: Path) -> Conversion:
     config = make_config(tmp_path, source)
     return Conversion(tmp_path, config, plan_finely(config))
-
-
-def restored(path: Path) -> dict[str, bytes]:
-    """The leaves of a checkpoint by plain Orbax, as bytes."""
-    import orbax.checkpoint as ocp
-
-    def flat(tree: Any, name: str = "") -> dict[str, bytes]:
-        if not isinstance(tree, dict):
-            return {name[1:]: np.asarray(tree).tobytes()}
-        return {key: leaf for step in tree for key, leaf in flat(tree[step], f"{name}.{step}").items()}
-
-    return flat(ocp.PyTreeCheckpointer().restore(str(path)))
-
-
-def stored(source: Path) -> dict[str, bytes]:
-    """The source's tensors by the safetensors library."""
-    found: dict[str, bytes] = {}
-    for path in source.glob("*.safetensors"):
-        found |= {name: bytes(tensor["data"]) for name, tensor in safetensors.deserialize(path.read_bytes())}  # type: ignore[no-untyped-call]
-    return found
-
-
-def assert_complete(conversion: Conversion, source: Path) -> None:
-    """The checkpoint holds the source's bytes; only the report is left beside it."""
-    assert os.listdir(conversion.ledger.state) == ["report.json"]
-    assert sorted(os.listdir(conversion.root)) == ["config.toml", "out", "out.shardconv"]
-    leaves = restored(conversion.out)
-    tensors = stored(source)
-    assert leaves["embed"] == tensors["model.embed_tokens.weight"]
-    assert leaves["layers.3.mlp_norm"] == tensors["model.layers.3.post_attention_layernorm.weight"]
-    assert sorted(map(len, leaves.values())) == sorted(map(len, tensors.values()))
 
 
 def test_a_plan_becomes_a_checkpoint_and_a_report(conversion: Conversion, source: Path) -> None:
@@ -177,7 +82,7 @@ def test_a_changed_config_is_refused_with_what_changed(conversion: Conversion, t
     with pytest.raises(ConfigError) as caught:
         conversion.drive()
     assert str(caught.value) == (
-        f"{conversion.out} was begun with another config or source (1 problem):\n"
+        f"{conversion.out} was begun with another config, source or version (1 problem):\n"
         '  target.dtype was "source", is "float32"\n'
         "      go back to what it was, or use --restart to discard the 2 finished units"
     )

@@ -12,6 +12,7 @@ from shardconv.ledger import Header, Ledger, SourceMark, differences, refusal, w
 MARK = SourceMark(size=1000, mtime_ns=1_700_000_000_000_000_000, header_digest="ab" * 16)
 HEADER = Header(
     version="1.0",
+    orbax="0.11.40",
     digest="d1" * 16,
     root="/data/llama",
     files={"a.safetensors": MARK, "b.safetensors": MARK},
@@ -88,7 +89,7 @@ def test_a_state_that_cannot_be_read_is_a_report(ledger: Ledger) -> None:
         ledger.header()
     assert str(caught.value) == (
         "the state of an earlier run cannot be read (1 problem):\n"
-        f"  {ledger.job_path}: its schema is 99, this shardconv's is 1\n"
+        f"  {ledger.job_path}: its schema is 99, this shardconv's is 2\n"
         "      use --restart to discard what was begun"
     )
     Path(ledger.job_path).write_text("{")
@@ -125,7 +126,7 @@ def test_atomic_writing_replaces_and_leaves_no_draft(tmp_path: Path) -> None:
 
 def test_the_same_run_differs_in_nothing(ledger: Ledger) -> None:
     assert said(HEADER, HEADER) == []
-    assert said(HEADER, replace(HEADER, version="1.1", budget=5)) == []
+    assert said(HEADER, replace(HEADER, budget=5)) == []
 
 
 def test_changed_settings_are_named_with_both_values() -> None:
@@ -158,7 +159,14 @@ def test_a_file_written_again_in_place_is_another_source_a_copy_elsewhere_is_not
     assert said(HEADER, replace(HEADER, files=files, root="/mnt/copy")) == []
 
 
-def test_another_plan_from_the_same_settings_names_the_version_if_that_changed() -> None:
+def test_another_version_is_a_difference_also_where_the_plan_is_the_same() -> None:
+    assert said(HEADER, replace(HEADER, version="1.1", orbax="0.12.0")) == [
+        "shardconv was 1.0, is 1.1",
+        "orbax-checkpoint was 0.11.40, is 0.12.0",
+    ]
+
+
+def test_another_plan_is_named_where_nothing_else_tells_it() -> None:
     now = replace(HEADER, digest="d2" * 16)
     assert said(HEADER, now) == ["plan was d1d1d1d1d1d1, is d2d2d2d2d2d2"]
     assert said(HEADER, replace(now, version="1.1")) == ["shardconv was 1.0, is 1.1"]
@@ -169,7 +177,7 @@ def test_the_refusal_says_what_changed_and_what_is_at_stake() -> None:
     report = refusal("/out", differences(HEADER, now), finished=37)
     assert report.exit_code == 2
     assert str(report) == (
-        "/out was begun with another config or source (1 problem):\n"
+        "/out was begun with another config, source or version (1 problem):\n"
         '  target.dtype was "bfloat16", is "float32"\n'
         "      go back to what it was, or use --restart to discard the 37 finished units"
     )

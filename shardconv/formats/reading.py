@@ -66,11 +66,17 @@ class Reader:
         self._scratch = memoryview(bytearray(coalesce_gap))
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._requests = self._read = self._needed = 0
+        self._touched: set[str] = set()
 
     @property
     def counts(self) -> ReadCounts:
         """What was read since the reader was made."""
         return ReadCounts(self._requests, self._read, self._needed)
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """The files that were read from since the reader was made."""
+        return frozenset(self._touched)
 
     def read(self, tensor: StoredTensor, box: Box, out: npt.NDArray[Any]) -> None:
         """Fill `out` with a box of `tensor`, byte for byte.
@@ -149,6 +155,7 @@ class Reader:
             fact = f"{tensor.file} holds tensor {tensor.name} and cannot be opened any more: {error.strerror}"
             raise InputError(f"{tensor.file} cannot be read", [Problem(fact, "put it back, or plan again")]) from error
         self._files[tensor.file] = file = _OpenFile(descriptor)
+        self._touched.add(tensor.file)
         if len(self._files) > _OPEN_FILES:
             self._close(self._files.popitem(last=False)[1])
         return file

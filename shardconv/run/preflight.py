@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Literal
 
 import shardconv
@@ -103,7 +104,7 @@ def header_of(request: Request, plan: Plan) -> Header:
     """What is being made from what, for the ledger."""
     source = plan.source
     files = {name: SourceMark(file.size, file.mtime_ns, file.header_digest) for name, file in source.files.items()}
-    return Header(shardconv.__version__, plan.digest(), source.root, files, request.settings, request.budget)
+    return Header(shardconv.__version__, version("orbax-checkpoint"), plan.digest(), source.root, files, request.settings, request.budget)
 
 
 def is_occupied(path: str) -> bool:

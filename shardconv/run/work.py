@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import xxhash
 
 from shardconv.boxes import Box, box_shape, chunk_box
 from shardconv.dtypes import dtype_named, dtype_of_code, raw_view
+from shardconv.errors import InputError
 from shardconv.formats import StoredTensor
 from shardconv.formats.reading import Reader
 from shardconv.plan import READ_GAP, Leaf, Plan, Unit, leaf_pieces
@@ -27,6 +28,7 @@ from shardconv.run.heartbeat import memory
 from shardconv.sinks.chunk_writer import UnitWriter
 from shardconv.sinks.direct import aligned_empty
 from shardconv.sinks.spec import ArraySpec, StoreOptions
+from shardconv.source import Source, check_unchanged
 from shardconv.values import convert
 
 Array = npt.NDArray[Any]
@@ -80,7 +82,10 @@ def do_unit(
     tick: Callable[[int], None],
     workspace: Workspace,
 ) -> Done:
-    """Makes every chunk of a unit and writes it under `attempt`; durable on return. `tick` hears the bytes of each chunk."""
+    """Makes every chunk of a unit and writes it under `attempt`; durable on return. `tick` hears the bytes of each chunk.
+
+    Raises InputError where the source is not what was planned, RunError where a disk fails.
+    """
     started, cpu = time.perf_counter(), time.process_time()
     digests = []
     turns = itertools.cycle(("chunk", "other chunk"))
@@ -96,6 +101,7 @@ def do_unit(
                 digests.append((span.leaf, number, xxhash.xxh3_64_hexdigest(raw_view(out).data)))
                 writer.write(spec, box, out)
                 tick(out.nbytes)
+        _require_unchanged(plan.source, reader.touched)
         written = writer.finish()
         read = reader.counts
     return Done(
@@ -114,6 +120,13 @@ def do_unit(
         host=socket.gethostname(),
         digests=tuple(digests),
     )
+
+
+def _require_unchanged(source: Source, names: Iterable[str]) -> None:
+    """Raises InputError where a file that was just read is not, or is no longer, the one that was planned: its bytes may be of both."""
+    problems = check_unchanged(source, names)
+    if problems:
+        raise InputError("the source changed while it was converted", problems)
 
 
 def array_spec(leaf: Leaf) -> ArraySpec:
