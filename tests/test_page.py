@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -53,8 +53,8 @@ LOGITS: dict[str, Any] = {
     "worst": {"sequence": 2, "position": 131, "token": 20117, "found": 3.21771, "reference": 3.21774},
     "unjudged": 12,
     "blocks": [{"step": f"block {n}", "max_abs": 1e-7 * 2**n, "floor": 1.2e-7 * 2**n, "scale": 1.5**n} for n in range(16)],
-    "divergence": {"step": "block 5", "part": "self_attn.q_proj", "max_abs": 0.02, "floor": 3e-6},
-    "scatter": [[n / 50 - 3, n / 50 - 3 + 1e-5 * (n % 7)] for n in range(300)],
+    "divergence": {"step": "block 5", "part": "q", "max_abs": 0.02, "floor": 3e-6},
+    "scatter": [[n / 5 - 3, n / 5 - 3 + 1e-5 * (n % 7)] for n in range(30)],
     "unrouted": [{"block": 3, "experts": [1, 17]}],
     "platform": "cpu", "devices": 8, "mesh": {"fsdp": 4, "tensor": 2}, "layer_by_layer": True, "pid": 32, "seconds": 31.2,
     "cpu_seconds": 55.0, "peak_rss_bytes": 2_900_000_000,
@@ -66,7 +66,7 @@ REPORT: dict[str, Any] = {
     "write_amplification": 1.000028, "requests": 149, "wall_seconds": 26.7, "cpu_seconds": 16.6, "peak_rss_bytes": 314_064_896,
     "memory_budget_bytes": 256 << 20, "used_bytes": GB, "units": {"total": 22, "resumed": 5, "retried": 1},
     "stages": {"plan": 0.02, "prepare": 0.03, "start": 11.9, "units": 6.2, "commit": 1.4, "check": 7.2, "close": 0.0},
-    "throughput": {"slice_seconds": 0.062, "bytes": [10_000_000 + 100_000 * (n % 9) for n in range(100)]},
+    "throughput": {"slice_seconds": 0.62, "bytes": [100_000_000 + 1_000_000 * (n % 9) for n in range(10)]},
     "processes": [
         {"role": "driver", "host": "vm", "pid": 1, "cpu_seconds": 2.2, "peak_rss_bytes": 122_777_600},
         {"role": "worker", "host": "node-1", "pid": 2, "cpu_seconds": 2.9, "peak_rss_bytes": 312_909_824},
@@ -109,14 +109,24 @@ def plots(tree: Element) -> dict[str, Element]:
         left, top, width, height = map(float, (svg.get("viewBox") or "").split())
         for x, y, what in places(svg):
             assert left <= x <= left + width and top <= y <= top + height, (title.text, what, x, y)
+        for one, other in combinations(map(box_of, svg.iter("text")), 2):
+            assert one[1] <= other[0] or other[1] <= one[0] or abs(one[2] - other[2]) >= 10, (title.text, one, other)
         found[title.text] = svg
     identities = Counter(node.get("id") for node in tree.iter() if node.get("id"))
     assert set(identities.values()) <= {1}
     return found
 
 
+def box_of(node: Element) -> tuple[float, float, float, str]:
+    """Where a text begins, ends and stands, as far as its width can be told."""
+    said, at = node.text or "", float(node.get("x", "nan"))
+    width = 5.5 * len(said)
+    left = at - {None: 0.0, "middle": 0.5, "end": 1.0}[node.get("text-anchor")] * width
+    return left, left + width, float(node.get("y", "nan")), said
+
+
 def places(svg: Element) -> Iterator[tuple[float, float, str]]:
-    """Corners of everything in a plot; of text, as far as its width can be told."""
+    """Corners of everything in a plot."""
     for node in svg.iter():
         at = {key: float(value) for key, value in node.items() if key in {"x", "y", "x1", "x2", "y1", "y2", "width", "height"}}
         assert all(map(math.isfinite, at.values())), (node.tag, at)
@@ -129,9 +139,8 @@ def places(svg: Element) -> Iterator[tuple[float, float, str]]:
             numbers = [float(number) for number in re.findall(r"-?[\d.]+", (node.get("d") or "").replace("h0", ""))]
             yield from ((x, y, "path") for x, y in zip(numbers[::2], numbers[1::2], strict=True))
         elif node.tag == "text":
-            width = 5.5 * len(node.text or "")
-            share = {None: 0.0, "middle": 0.5, "end": 1.0}[node.get("text-anchor")]
-            yield from ((at["x"] - share * width, at["y"], node.text or ""), (at["x"] + (1 - share) * width, at["y"], node.text or ""))
+            left, right, level, said = box_of(node)
+            yield from ((left, level, said), (right, level, said))
 
 
 # ------------------------------------------------------------------------------------------------------------ what it says
@@ -163,10 +172,9 @@ def test_a_page_says_what_report_json_says() -> None:
         "perplexity 33120.51, of the source 33120.49",
         "sequences 3 of 64, 96, 160 tokens: random tokens (seed 7), and prompts.txt",
         "furthest apart 3.21771, of the source 3.21774: sequence 2, position 131, token 20117",
-        "not judged 12 positions, where a router's choice hangs on noise",
-        "departs at block 5, self_attn.q_proj: by 0.0200, and the noise there is 3.00 × 10⁻⁶",
+        "first departs q of block 5: by 0.0200, and the noise there is 3.00 × 10⁻⁶",
         "computed on 8 x cpu, mesh fsdp 4, tensor 2, layer by layer",
-        "block 3: no token of the sample went to experts 1, 17, so the logits say nothing about them",
+        "3 1, 17",
     ):
         assert line in lines, line
     assert set(plots(tree)) == {"Stages", "Throughput", "Memory", "Difference by layer", "Logits"}
@@ -330,7 +338,7 @@ def test_what_is_no_number_is_said_and_never_drawn(odd: object) -> None:
     scatter = [*LOGITS["scatter"], [1.0, odd], [odd, 1.0]]
     tree = parsed(with_logits(blocks=blocks, differences=differences, scatter=scatter, perplexity=odd))
     assert set(plots(tree)) >= {"Difference by layer", "Logits"}
-    assert "300 logits of both sides" in said(tree) and "2 more are no numbers" in said(tree)
+    assert "30 logits of both sides" in said(tree) and "2 more are no numbers" in said(tree)
     word = {math.inf: "infinite", -math.inf: "−infinite"}.get(odd, "not a number") if isinstance(odd, float) else "not a number"
     assert f"perplexity {word}, of the source" in said(tree)
     assert f"cosine {word}" in said(tree)
@@ -352,7 +360,11 @@ def test_a_run_that_only_commits_has_no_throughput_and_no_workers() -> None:
 @pytest.mark.parametrize("value", [0.0, 3e-9, 1.0, 4e30])
 def test_steps_and_logits_that_are_all_alike_can_be_drawn(value: float) -> None:
     blocks = [{"step": "block 0", "max_abs": value, "floor": value}]
-    assert set(plots(parsed(with_logits(blocks=blocks, scatter=[[value, value]], divergence=None)))) >= {"Difference by layer", "Logits"}
+    drawn = plots(parsed(with_logits(blocks=blocks, scatter=[[value, value]], divergence=None)))
+    assert "Difference by layer" in drawn
+    frame, dot = (next(node for node in drawn["Logits"].iter() if node.get("class") == kind) for kind in ("diagonal", "dots"))
+    at = float((dot.get("d") or "")[1:].split()[0])
+    assert float(frame.get("x1", "nan")) < at < float(frame.get("x2", "nan"))
 
 
 def test_a_cluster_shows_its_heaviest_processes_and_those_over_the_budget() -> None:

@@ -205,7 +205,7 @@ def scatter_figure(pairs: Sequence[Sequence[object]]) -> Markup | None:
     if not known:
         return None
     low, high = min(map(min, known)), max(map(max, known))
-    room = (high - low) * 0.04 or 1.0
+    room = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
     low, high = low - room, high + room
     marks = tuple((at, f"{at:g}".replace("-", "−")) for at in ticks(low, high))
     drawn = frame(Axis(low, high, marks, "logit of the source"), Axis(low, high, marks, "logit of the checkpoint"), 340.0)

@@ -22,8 +22,8 @@ def element(name: str, /, *children: str, **attributes: str | float | None) -> M
 
     A trailing underscore and the underscores within are those of Python: `class_` is `class`, `stroke_width` is `stroke-width`.
 
-    >>> element("td", "a < b", class_="number")
-    '<td class="number">a &lt; b</td>'
+    >>> element("td", "a < b", class_="number", title='"<"')
+    '<td class="number" title="&quot;&lt;&quot;">a &lt; b</td>'
     """
     said = "".join(f' {_name(key)}="{_value(value)}"' for key, value in attributes.items() if value is not None)
     return Markup(f"<{name}{said}>{join(children)}</{name}>" if children or name not in VOID else f"<{name}{said}/>")

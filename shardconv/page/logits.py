@@ -5,7 +5,7 @@ from typing import Any
 
 from shardconv.page.charts import blocks_figure, scatter_figure
 from shardconv.page.html import Markup, element, facts, gallery, join, notes, section, table
-from shardconv.page.words import UNKNOWN, count, decimal, finite, percent, seconds
+from shardconv.page.words import UNKNOWN, decimal, finite, percent, seconds
 
 Json = Mapping[str, Any]
 
@@ -45,7 +45,8 @@ def logits_section(found: Json | None) -> Markup:
         "Logits",
         *_differences(found.get("differences") or {}, found.get("bounds") or {}),
         facts(_facts(found)),
-        notes([*(found.get("notes") or ()), *_unrouted(found.get("unrouted") or ())]),
+        notes(found.get("notes") or ()),
+        _unrouted(found.get("unrouted") or ()),
     )
     blocks, scatter = found.get("blocks") or (), found.get("scatter") or ()
     return join([body, gallery([blocks_figure(blocks, found.get("divergence")), scatter_figure(scatter)])])
@@ -83,12 +84,10 @@ def _facts(found: Json) -> Iterator[tuple[str, str]]:
     if worst := found.get("worst"):
         where = f"sequence {worst.get('sequence')}, position {worst.get('position')}, token {worst.get('token')}"
         yield "furthest apart", f"{decimal(worst.get('found'), 6)}, of the source {decimal(worst.get('reference'), 6)}: {where}"
-    if found.get("unjudged"):
-        yield "not judged", f"{count(found['unjudged'], 'position')}, where a router's choice hangs on noise"
     if divergence := found.get("divergence"):
         sizes = f"{decimal(divergence.get('max_abs'))}, and the noise there is {decimal(divergence.get('floor'))}"
-        part = f", {divergence['part']}" if divergence.get("part") else ""
-        yield "departs at", f"{divergence.get('step')}{part}: by {sizes}"
+        step, part = divergence.get("step"), divergence.get("part")
+        yield "first departs", f"{step if part in (None, step) else f'{part} of {step}'}: by {sizes}"
     if "platform" in found:
         by = ", layer by layer" if found.get("layer_by_layer") else ""
         yield "computed on", f"{found.get('devices', UNKNOWN)} x {found['platform']}{_mesh(found.get('mesh'))}{by}"
@@ -104,8 +103,8 @@ def _mesh(mesh: object) -> str:
     return f", mesh {', '.join(f'{axis} {size}' for axis, size in mesh.items())}"
 
 
-def _unrouted(blocks: Sequence[Json]) -> Iterator[str]:
-    for block in blocks:
-        experts = block.get("experts")
-        names = ", ".join(map(str, experts)) if isinstance(experts, list) else str(experts)
-        yield f"block {block.get('block')}: no token of the sample went to experts {names}, so the logits say nothing about them"
+def _unrouted(blocks: Sequence[Json]) -> Markup:
+    """The experts of which the logits say nothing; the notes name the first of them only."""
+    rows = ((str(block.get("block")), ", ".join(map(str, block.get("experts") or ()))) for block in blocks)
+    whole = table(("block", "experts"), rows, numbers=False)
+    return element("details", element("summary", "experts that no token of the sample went to"), whole) if blocks else Markup()

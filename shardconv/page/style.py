@@ -60,5 +60,6 @@ svg text { fill: var(--soft); font-variant-numeric: tabular-nums; } svg .label {
 footer { margin-top: 2rem; }
 @media (max-width: 32rem) { .facts th { width: 6.4rem; padding-right: 0.5rem; white-space: normal; } svg { font-size: 12.5px; } }
 @media print { body { max-width: none; padding: 0; background: none; font-size: 10pt; } .card, figure, .verdict { break-inside: avoid; }
-  summary { display: none; } svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+  h2 { break-after: avoid; } .plots { columns: auto; display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; align-items: start; }
+   summary { display: none; } svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """

@@ -90,7 +90,8 @@ def frame(x: Axis, y: Axis, height: float) -> Frame:
         parts += [line(across.start, at, across.end, at, "grid"), words(label, left - 6, at + 4, "tick", "end")]
     for value, label in x.ticks:
         at = across.at(value)
-        parts += [line(at, up.start, at, up.start + 4, "rule"), words(label, at, up.start + 16, "tick", "middle")]
+        middle = min(at, WIDTH - LETTER * len(label) / 2)
+        parts += [line(at, up.start, at, up.start + 4, "rule"), words(label, middle, up.start + 16, "tick", "middle")]
     parts += [line(across.start, up.start, across.end, up.start, "rule"), words(x.title, across.end, height - 5, "axis", "end")]
     return Frame(across, up, Markup("".join(parts)))
 

@@ -37,7 +37,9 @@ def _weights_said(found: Json | None) -> str:
         return "The weights were not compared."
     problems = found.get("problems") or ()
     result = f"Weights differ in {count(len(problems), 'place')}" if problems else "Weights equal"
-    seen = f"{found.get('elements', 0):,} elements of {count(found.get('leaves', 0), 'leaf', 'leaves')}"
+    if "elements" not in found:
+        return f"{result}."
+    seen = f"{found['elements']:,} elements of {count(found.get('leaves', 0), 'leaf', 'leaves')}"
     if found.get("whole", True):
         seen = f"all {seen}"
     else:
