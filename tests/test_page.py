@@ -368,10 +368,8 @@ def test_steps_and_logits_that_are_all_alike_can_be_drawn(value: float) -> None:
 
 
 def test_a_cluster_shows_its_heaviest_processes_and_those_over_the_budget() -> None:
-    hosts = [
-        {"role": "worker", "host": f"node-{n:04d}.cluster.internal.example.com", "pid": 10**6 + n, "peak_rss_bytes": (200 + n) << 20}
-        for n in range(1000)
-    ]
+    name = "node-{:04d}.one-of-the-clusters.internal.example.com"
+    hosts = [{"role": "worker", "host": name.format(n), "pid": 10**6 + n, "peak_rss_bytes": (200 + n) << 20} for n in range(1000)]
     tree = parsed({**REPORT, "processes": hosts, "memory_budget_bytes": 1095 << 20})
     bars = [node.get("class") for node in plots(tree)["Memory"].iter("rect")]
     assert bars == ["bar over"] * 9 + ["bar"] * 3  # the budget and the interpreter make 1190.4 MiB, the heaviest has 1199
