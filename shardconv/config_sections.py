@@ -78,7 +78,7 @@ class SourceSection(Section):
         Absent("auto"),
         _word("auto"),
         Expected("a key, in quotes"),
-        Field(description='The key of a PyTorch file whose tensors to take, such as "model"; "auto" finds it where one has any.'),
+        Field(description='The key under which a PyTorch file has the tensors, such as "model"; "auto" finds the only one.'),
     ] = None
 
 
