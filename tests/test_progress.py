@@ -12,7 +12,7 @@ from rich.console import Console
 
 from shardconv.progress import STAGES, JsonLines, Lines, Screen, Tally, amount, line, message, screen, span
 from shardconv.run import Began, Finished, Note, Ready, Retried, Stage, Waiting, python_path
-from shardconv.run.heartbeat import Heartbeat, WorkerState
+from shardconv.run.heartbeat import Heartbeat, WorkerState, tell_compared
 
 GB = 10**9
 
@@ -124,6 +124,42 @@ def test_json_logs_are_one_object_per_line(tmp_path: Path) -> None:
     assert all(record["time"] > 1.7e9 for record in records)
     assert (records[0]["units"], records[0]["bytes"]) == (4, 4 * GB)
     assert (records[4]["stage"], records[4]["done_bytes"], records[4]["workers"][0]["pid"]) == ("units", GB, os.getpid())
+
+
+def test_the_check_has_bytes_and_a_rate_of_its_own(tmp_path: Path) -> None:
+    out = io.StringIO()
+    lines, records = Lines(Console(file=out, width=200), verbose=False), JsonLines(Console(file=out), verbose=False)
+    for view in (lines, records):
+        for told in (began(workers=str(tmp_path)), Stage("units"), *map(finished, range(4)), Stage("check")):
+            view.hear(told)
+    out.truncate(0)
+    tell_compared(str(tmp_path), 0, 4 * GB)
+    lines.beat()
+    records.beat()
+    tell_compared(str(tmp_path), GB, 4 * GB)
+    lines.beat()
+    records.beat()
+    first, zero, second, one = out.getvalue().lstrip("\0").splitlines()
+    assert first == "comparing: 0 B of 4.00 GB (0%)"
+    assert re.fullmatch(r"comparing: 1\.00 GB of 4\.00 GB \(25%\), [0-9.]+ [GT]B/s, 0 s left", second)
+    assert [json.loads(text)["done_bytes"] for text in (zero, one)] == [0, GB]
+    found = json.loads(one)
+    assert (found["event"], found["stage"], found["total_bytes"], found["workers"]) == ("progress", "check", 4 * GB, [])
+    assert found["bytes_per_second"] > GB
+
+
+def test_the_rate_of_the_check_is_not_that_of_the_units(tally: Tally) -> None:
+    tally.progress(0.0, [])
+    for unit in range(4):
+        tally.hear(finished(unit))
+    tally.progress(10.0, [])
+    tally.hear(Stage("check"))
+    assert tally.comparing(11.0, 0, 4 * GB).bytes_per_second == 0.0
+    progress = tally.comparing(13.0, GB, 4 * GB)
+    assert (progress.bytes_per_second, progress.seconds_left) == (GB / 2, 6.0)
+    out = io.StringIO()
+    Console(file=out, width=120).print(screen(tally, progress, []))
+    assert re.search(r"comparing +\S+ +1\.00 GB of 4\.00 GB +500\.0 MB/s +6 s left", out.getvalue())
 
 
 def test_the_screen_shows_bar_rate_and_workers(tally: Tally) -> None:

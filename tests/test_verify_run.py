@@ -1,6 +1,11 @@
 """The check where users meet it: the command, and the last stage of a run."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +19,11 @@ from shardconv.config import Config, RunOptions
 from shardconv.conversion import request_of, run
 from shardconv.errors import CheckError, ExitCode, RunError
 from shardconv.planning import plan_from_config
-from shardconv.run import Stage, Told
+from shardconv.run import Stage, Told, unit
 from shardconv.run.driver import Stages, drive
 from shardconv.run.job import state_path
-from shardconv.verify.verdict import TITLE
+from shardconv.verify.pool import answer
+from shardconv.verify.verdict import LOGITS_TITLE, TITLE
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,24 @@ def test_a_run_checks_what_it_wrote(config: Config) -> None:
     (process,) = [p for p in found["processes"] if p["role"] == "weights"]  # type: ignore[attr-defined]
     assert process["pid"] == weights["pid"] and process["cpu_seconds"] > 0
     assert json.loads(Path(state_path(config.output.path), "report.json").read_text())["check"] == check
+
+
+def test_a_worker_that_did_units_gives_their_buffers_back_for_the_check(config: Config) -> None:
+    run(config, options())  # one local worker: the units are done in this process
+    assert unit._worker.cache_info().currsize == 1
+    answer("math:sqrt", 0, 4.0)
+    assert unit._worker.cache_info().currsize == 0
+
+
+def test_the_command_shows_on_a_terminal_how_far_it_is(config: Config) -> None:
+    run(config, options())
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "shardconv", "verify", file_of(config)]
+    subprocess.run(command, stderr=theirs, stdout=subprocess.DEVNULL, check=True, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"})
+    os.close(theirs)
+    text = os.read(ours, 1 << 20).decode()
+    os.close(ours)
+    assert "comparing" in text and "\x1b[" in text
 
 
 def test_a_run_need_not_check(config: Config) -> None:
@@ -150,3 +174,59 @@ def test_a_check_that_is_broken_off_is_done_by_the_next_run(config: Config) -> N
     found = run(config, options())
     assert found["units"] == {"total": 1, "resumed": 1, "retried": 0}
     assert found["check"]["equal"] is True  # type: ignore[index]
+
+
+def test_logits_of_both_models(config: Config) -> None:
+    for library in ("torch", "transformers"):
+        pytest.importorskip(library)
+    code, out, err = type_in("run", file_of(config), "--check", "all")
+    assert code == 0, err
+    report = json.loads(Path(state_path(config.output.path), "report.json").read_text())
+    check, logits = report["check"], report["check"]["logits"]
+    assert (check["mode"], check["equal"], check["weights"]["equal"], logits["equal"]) == ("all", True, True, True)
+    assert (logits["sequences"], logits["platform"], logits["layer_by_layer"]) == ([64, 96, 160], "cpu", False)
+    assert [block["step"] for block in logits["blocks"]] == ["embed", *(f"block {n}" for n in range(4)), "logits"]
+    assert report["stages"]["logits"] > 0
+    (process,) = [one for one in report["processes"] if one["role"] == "logits"]
+    assert process["pid"] == logits["pid"] and process["peak_rss_bytes"] > 100e6
+    lines = out.splitlines()
+    assert sum(line.startswith("check  ") for line in lines) == 1 and "            logits equal: largest difference " in out
+    (heading,) = [line for line in lines if line.startswith("PyTorch in float32 against")]
+    assert heading.split()[4:] == ["largest", "mean", "largest", "KL", "least", "cosine", "top", "1", "top", "5"]
+    assert [line.split("  ")[0] for line in lines[lines.index(heading) + 1 :]][:4] == [
+        "JAX",
+        "noise (sums in other orders)",
+        "compute in bfloat16",
+        "allowed",
+    ]
+    assert "Logits equal" in Path(state_path(config.output.path), "report.html").read_text()
+
+    change(Path(config.output.path), "final_norm", wrong_norm)
+    code, out, err = type_in("verify", file_of(config), "--check", "logits", "--trace", "--set", "check.memory=1MB")
+    assert code == ExitCode.CHECK
+    assert out.startswith("check       logits DIFFER: largest difference ") and out.splitlines()[0].endswith(" s, layer by layer")
+    assert err.startswith(f"error: {LOGITS_TITLE} (")
+    assert "final_norm" in err
+
+
+@pytest.mark.skipif(find_spec("torch") is not None, reason="torch is here")
+def test_logits_need_torch(config: Config) -> None:
+    code, _, err = type_in("run", file_of(config), "--check", "logits")
+    assert (code, Path(config.output.path).exists()) == (ExitCode.USAGE, False)
+    assert err == (
+        "error: the logits cannot be compared (1 problem):\n"
+        "  torch and transformers are not installed\n"
+        '      pip install "shardconv[check]", or set check.mode = "weights"\n'
+    )
+
+
+def test_what_the_logits_lack_is_said_at_once(config: Config, tmp_path: Path) -> None:
+    for library in ("torch", "transformers"):
+        pytest.importorskip(library)
+    path = tmp_path / "prompts.txt"
+    faults = ["--set", f'check.prompts="{path}"', "--set", 'check.forward="nowhere:f"']
+    code, _, err = type_in("run", file_of(config), "--check", "all", *faults)
+    assert (code, Path(config.output.path).exists()) == (ExitCode.USAGE, False)
+    assert err.startswith("error: the logits cannot be compared (3 problems):\n")
+    assert f"  check.prompts: {path} is not a file\n      give a text file with a prompt in each line\n" in err
+    assert f"  check.prompts: {config.source.path} has no tokenizer\n      put the tokenizer's files beside the weights, or " in err

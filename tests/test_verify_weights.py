@@ -14,12 +14,14 @@ from written import CHOICES, CHUNK, change, checked, make_model, plan_of, save_m
 from shardconv.errors import CheckError, InputError, RunError
 from shardconv.family import Family
 from shardconv.plan import Plan
+from shardconv.run.heartbeat import read_compared
 from shardconv.sharding import MeshRules
 from shardconv.sinks.spec import StoreOptions
 from shardconv.verify.pool import answers
+from shardconv.verify.request import Request
 from shardconv.verify.tensors import Tensors
 from shardconv.verify.verdict import TITLE, raise_if_unequal, summary
-from shardconv.verify.weights import WHOLE_PER_WORKER
+from shardconv.verify.weights import WHOLE_PER_WORKER, check
 
 ROOT = Path(__file__).parent.parent
 # What says a second time where everything comes from; it may use none of what says it the first time.
@@ -272,6 +274,15 @@ def test_the_index_says_which_of_two_files_has_a_tensor_and_what_was_left_out(tm
         assert np.array_equal(tensors.rows("v", 1, 2), two[1:])
         assert np.array_equal(tensors.rows("y", 0, 1), one[:1])
         assert "z" not in tensors and "format" not in tensors
+
+
+def test_it_says_how_far_it_is(tmp_path: Path) -> None:
+    make_model(tmp_path / "source", "llama3_8b")
+    plan = plan_of(tmp_path / "source", CHOICES)
+    folder = write(plan, tmp_path / "out")
+    assert read_compared(str(tmp_path)) is None
+    check(Request(str(folder), plan, CHOICES, 1, 64 << 20, None, 0, progress=str(tmp_path)))
+    assert read_compared(str(tmp_path)) == (plan.target_bytes, plan.target_bytes)
 
 
 def test_a_worker_that_dies_is_an_error_of_the_run() -> None:
