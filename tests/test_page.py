@@ -386,6 +386,22 @@ def test_the_step_that_departs_is_marked() -> None:
     assert marks(None) == []
 
 
+def test_blocks_stand_over_their_own_numbers() -> None:
+    def below(*steps: str) -> list[str | None]:
+        blocks = [{"step": step, "max_abs": 1e-6, "floor": 1e-6} for step in steps]
+        drawn = plots(parsed(with_logits(blocks=blocks, divergence=None)))["Difference by layer"]
+        return [node.text for node in drawn.iter("text") if node.get("class") in ("tick", "axis") and node.get("text-anchor") != "end"]
+
+    def where(*steps: str) -> list[float]:
+        drawn = plots(parsed(with_logits(blocks=[{"step": step, "max_abs": 1.0} for step in steps])))["Difference by layer"]
+        return [float(node.get("x", "nan")) for node in drawn.iter("text") if node.get("text-anchor") == "middle"]
+
+    assert below("embed", *(f"block {n}" for n in range(32)), "logits")[1:] == ["0", "10", "20", "30"]
+    assert below("embed", "out")[1:] == ["0", "1"]
+    first, last = where("embed", "block 0", "block 1", "logits")
+    assert where("a", "b", "c", "d")[1] == pytest.approx(first) and where("a", "b", "c", "d")[2] == pytest.approx(last)
+
+
 def test_a_page_that_cannot_be_written_is_a_mistake_of_the_users_or_a_note(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         write_page(REPORT, str(tmp_path / "none" / "report.html"))

@@ -3,6 +3,7 @@
 A figure is a plot, what it shows in a sentence, and its numbers as a table that opens.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,8 +173,7 @@ def blocks_figure(blocks: Sequence[Json], divergence: Json | None) -> Markup | N
     marks = decades(min(positive), max(positive)) if positive else (1.0,)
     marks = marks if len(marks) > 1 else (marks[0] / 10, marks[0], marks[0] * 10)
     upright = Axis(marks[0], marks[-1], tuple((mark, power(mark, 0)) for mark in thinned(marks)), "largest difference", log=True)
-    labels = tuple((float(at), str(round(at))) for at in ticks(0.0, float(len(steps) - 1)) if at == int(at))
-    drawn = frame(Axis(-0.5, len(steps) - 0.5, labels, "step"), upright, HEIGHT)
+    drawn = frame(_axis_of(steps), upright, HEIGHT)
     # What is no number is as bad as can be, and is drawn at the top.
     places = [(drawn.x.at(float(number)), drawn.y.at(marks[-1] if value is None else value)) for number, value in enumerate(found)]
     noise = [(drawn.x.at(float(number)), drawn.y.at(value)) for number, value in enumerate(floor) if value is not None]
@@ -190,6 +190,15 @@ def blocks_figure(blocks: Sequence[Json], divergence: Json | None) -> Markup | N
     numbers = table(("step", "difference", "noise floor", "largest value"), rows)
     entries = [("line", "checkpoint against source"), ("second", "noise floor")]
     return figure("blocks", "Difference by layer", said, HEIGHT, parts, numbers, key(*entries))
+
+
+def _axis_of(steps: Sequence[str]) -> Axis:
+    """Steps side by side, under the numbers that they have in their own names, or else their places."""
+    named = [(at, match) for at, step in enumerate(steps) if (match := re.fullmatch(r"(\D*?) *(\d+)", step))]
+    numbers = [(at, int(match[2])) for at, match in named] or [(at, at) for at in range(len(steps))]
+    shown = set(ticks(0.0, float(max(number for _, number in numbers))))
+    labels = tuple((float(at), str(number)) for at, number in numbers if number in shown)
+    return Axis(-0.5, len(steps) - 0.5, labels, named[0][1][1] if named else "step")
 
 
 def _mark(drawn: Frame, number: int, step: str) -> Markup:

@@ -20,8 +20,8 @@ def finite(value: object) -> float | None:
 def decimal(value: object, digits: int = 3) -> str:
     """A number with as many digits as matter, small and large ones by powers of ten.
 
-    >>> decimal(0.0123456), decimal(2.5e-9), decimal(0), decimal(12345.6), decimal(float("nan"))
-    ('0.0123', '2.50 × 10⁻⁹', '0', '12,346', 'not a number')
+    >>> decimal(-0.0123456), decimal(2.5e-9), decimal(0), decimal(12345.6), decimal(float("nan"))
+    ('−0.0123', '2.50 × 10⁻⁹', '0', '12,346', 'not a number')
     """
     if not isinstance(value, int | float) or math.isnan(value):
         return "not a number"
@@ -30,7 +30,8 @@ def decimal(value: object, digits: int = 3) -> str:
     if value == 0:
         return "0"
     if 1e-3 <= abs(value) < 1e7:
-        return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
+        said = f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
+        return said.replace("-", "−")
     return power(value, digits - 1)
 
 
@@ -42,7 +43,7 @@ def power(value: float, digits: int) -> str:
     """
     mantissa, exponent = f"{value:.{digits}e}".split("e")
     ten = f"10{str(int(exponent)).translate(SUPERSCRIPTS)}"
-    return ten if mantissa == "1" else f"{mantissa} × {ten}"
+    return ten if mantissa == "1" else f"{mantissa} × {ten}".replace("-", "−")
 
 
 def percent(value: object) -> str:
