@@ -53,7 +53,7 @@ def verify(config: Config) -> Json:
     require(config, plan)
     address = os.environ.get("RAY_ADDRESS") or config.workers.address  # as it is for a run
     with _shown_on_a_terminal() as progress:
-        return _verdict(config, plan, folder, address, progress, weights=checked)
+        return _verdict(config, plan, folder, address, progress, weights=checked, enter=lambda _: None)
 
 
 @contextmanager
@@ -70,12 +70,12 @@ def _shown_on_a_terminal() -> Iterator[str]:
         yield folder
 
 
-def check_run(config: Config, plan: Plan, folder: str, progress: str) -> Json:
-    """The verdict on what a run has written; how far it is goes into the directory `progress`.
+def check_run(config: Config, plan: Plan, folder: str, progress: str, enter: Callable[[str], None]) -> Json:
+    """The verdict on what a run has written; how far it is goes into the directory `progress`, a stage that begins to `enter`.
 
     Raises what `verify` raises, and RunError where a process dies. Ray, where the run has it, is used on.
     """
-    return _verdict(config, plan, folder, config.workers.address, progress, weights=_answered_elsewhere)
+    return _verdict(config, plan, folder, config.workers.address, progress, weights=_answered_elsewhere, enter=enter)
 
 
 def _answered_elsewhere(request: Request) -> Json:
@@ -88,14 +88,23 @@ def _answered_elsewhere(request: Request) -> Json:
 
 
 def _verdict(
-    config: Config, plan: Plan, folder: str, address: str | None, progress: str, weights: Callable[[Request], Json]
+    config: Config,
+    plan: Plan,
+    folder: str,
+    address: str | None,
+    progress: str,
+    *,
+    weights: Callable[[Request], Json],
+    enter: Callable[[str], None],
 ) -> Json:
     """Both verdicts under one: "weights" and "logits" are null where the config does not ask for them."""
     mode = config.check.mode if config.check.mode != "none" else "weights"
-    parts = {
-        "weights": weights(request_of(config, plan, folder, address, progress)) if mode in ("weights", "all") else None,
-        "logits": _logits(config, plan, folder) if mode in ("logits", "all") else None,
-    }
+    parts: dict[str, Json | None] = {"weights": None, "logits": None}
+    if mode in ("weights", "all"):
+        parts["weights"] = weights(request_of(config, plan, folder, address, progress))
+    if mode in ("logits", "all"):
+        enter("logits")
+        parts["logits"] = _logits(config, plan, folder)
     problems = [problem for part in parts.values() if part is not None for problem in part["problems"]]
     return {"mode": mode, "equal": not problems, "problems": problems, **parts}
 

@@ -50,7 +50,7 @@ def run(config: Config, options: RunOptions) -> Json:
         begun = config if previous is None else _budgeted(config, previous.budget)
         plan = plan_from_config(begun, compare_ends=True)
         require(config, plan)
-        drive(request_of(config, options), plan, stages, view.hear, save, _check_of(config, plan))
+        drive(request_of(config, options), plan, stages, view.hear, save, _check_of(config, plan, stages))
         _leave_page(found, state_path(config.output.path), view)
     with _errors_as_events(view):
         _show(found, options, view)
@@ -70,14 +70,14 @@ def _errors_as_events(view: View) -> Iterator[None]:
         raise
 
 
-def _check_of(config: Config, plan: Plan) -> Check | None:
+def _check_of(config: Config, plan: Plan, stages: Stages) -> Check | None:
     """What the driver is to do with a checkpoint before it puts it in the place of another, or calls it finished."""
     if config.check.mode == "none":
         return None
 
     def check(place: Place) -> Json:
         folder = final_path(place.out, place.step, place.item)
-        found = check_run(config, plan, folder, Ledger(place.state).workers)
+        found = check_run(config, plan, folder, Ledger(place.state).workers, stages.enter)
         if place.aside and place.committed != place.checkpoint and os.path.lexists(place.checkpoint):
             refuse_to_replace(found, folder, place.checkpoint)
         return found

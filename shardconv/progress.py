@@ -39,6 +39,7 @@ STAGES = {
     "units": "converting",
     "commit": "committing",
     "check": "comparing",
+    "logits": "computing logits on both sides",
     "close": "tidying up",
 }
 

@@ -18,7 +18,7 @@ report.json, whose keys are stable:
     memory_budget_bytes    what each worker's buffers may take; the interpreter and its libraries come on top (some 0.1 GB)
     used_bytes             bytes of the source's tensors that the target is made of
     units                  {total, resumed (finished by earlier runs), retried (attempts that failed in this run)}
-    stages                 wall seconds by stage: plan, prepare, start, units, commit, check, close
+    stages                 wall seconds by stage: plan, prepare, start, units, commit, check, logits (where asked for), close
     throughput             {slice_seconds, bytes}: of the target, in slices of the time in which this run made units
     processes              [{role (driver, worker, commit, weights, logits), host, pid, cpu_seconds, peak_rss_bytes}]
     executor               where the units ran

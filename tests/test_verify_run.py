@@ -202,7 +202,7 @@ def test_logits_of_both_models(config: Config) -> None:
     assert "Logits equal" in Path(state_path(config.output.path), "report.html").read_text()
 
     change(Path(config.output.path), "final_norm", wrong_norm)
-    code, out, err = type_in("verify", file_of(config), "--check", "logits", "--trace", "--set", "check.memory=1MB")
+    code, out, err = type_in("verify", file_of(config), "--check", "logits", "--trace", "--set", "check.memory=100KB")
     assert code == ExitCode.CHECK
     assert out.startswith("check       logits DIFFER: largest difference ") and out.splitlines()[0].endswith(" s, layer by layer")
     assert err.startswith(f"error: {LOGITS_TITLE} (")
