@@ -21,8 +21,9 @@ from shardconv.errors import CheckError, ConfigError, Problem
 from shardconv.models.hf import decoder_of
 from shardconv.plan import Plan
 from shardconv.planning import plan_from_config, worker_budget
-from shardconv.run import Began, Stage, named
+from shardconv.run import Began, Stage
 from shardconv.sinks.paths import final_path
+from shardconv.verify.forwards import require_forward
 from shardconv.verify.logit_request import Bounds, LogitRequest
 from shardconv.verify.pool import ENVIRONMENT, answer_of_child, answer_of_task
 from shardconv.verify.reference import require_torch
@@ -118,11 +119,10 @@ def checked(request: Request) -> Json:
 
 def compared(request: LogitRequest) -> Json:
     """The verdict on the logits as data, found in this process; a checkpoint that no forward can read is a verdict too."""
-    check: Any = named("shardconv.verify.logits:check")  # and with it JAX
+    from shardconv.verify.logits import check  # and with it JAX
 
     try:
-        found: Json = check(request).to_json()
-        return found
+        return check(request).to_json()
     except CheckError as error:
         return {"equal": False, "problems": [{"fact": one.fact, "remedy": one.remedy} for one in error.problems], "notes": []}
 
@@ -174,7 +174,7 @@ def _require_forward(config: Config, plan: Plan) -> None:
     if forward == "auto":
         decoder_of(plan.source.config or {})
         return
-    named("shardconv.verify.forwards:require_forward")(forward)
+    require_forward(forward, plan.layout)
 
 
 def _require_prompts(config: Config, plan: Plan) -> None:
