@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from shardconv.verify.compare import Odd, bounds, differing, equal, odd
+from shardconv.verify.compare import Comparison, Odd, bounds, compare, differing, equal, odd, pairs
 from shardconv.verify.rounding import bits, changed, rounded, widened
 
 EIGHT = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
@@ -69,6 +69,42 @@ def test_one_bit_anywhere_is_a_difference(shape: tuple[int, ...], order: str) ->
         mask = differing(found, other, cast=False)
         assert mask.sum() == 1
         assert bounds(mask) == tuple((i, i + 1) for i in place)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_arrays_of_any_strides_are_compared_whole(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in random.choice([1, 2, 3, 16, 33, 70, 300], int(random.integers(1, 6))))
+    while np.prod(shape) > 400_000:
+        shape = shape[1:]
+    dtype = [np.uint8, np.float16, np.float32][seed % 3]
+
+    def lying_somehow(array: np.ndarray) -> np.ndarray:
+        order = random.permutation(array.ndim)
+        turned = np.empty([array.shape[axis] + int(random.integers(3)) for axis in order], array.dtype)
+        view = turned.transpose(np.argsort(order))[tuple(slice(n) for n in array.shape)]
+        view[...] = array
+        return view
+
+    values = random.integers(0, 200, shape).astype(dtype)
+    found, source = lying_somehow(values), lying_somehow(values)
+    assert sum(a.size for a, _ in pairs(found, source)) == values.size
+    assert compare(found, source, None) == Comparison(True, Odd(), Odd())
+    assert compare(found, source, lambda some: some + dtype(0)) == Comparison(True, Odd(), Odd())
+    source[tuple(int(random.integers(n)) for n in shape)] += 1
+    assert not compare(found, source, None).same and not equal(found, source)
+    assert not compare(found, source, lambda some: some + dtype(0)).same
+
+
+def test_values_that_are_not_finite_are_counted_where_arrays_differ_too() -> None:
+    source = np.ones((300, 500), np.float32)
+    source[7, 9], source[8, 9] = np.nan, np.inf
+    found = np.ascontiguousarray(source.T).astype(np.float16)
+    found[20, 30] = 2
+    assert compare(found.astype(np.float32), source.T, None) == Comparison(False, Odd(1, 1), Odd(1, 1))
+    assert compare(found, source.T, lambda some: some.astype(np.float16)) == Comparison(False, Odd(1, 1), Odd(1, 1))
+    found[20, 30] = -np.inf
+    assert compare(found.astype(np.float32), source.T, None) == Comparison(False, Odd(1, 2), Odd(1, 1))
 
 
 def test_nan_is_nan_only_after_a_cast() -> None:
