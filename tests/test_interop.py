@@ -66,7 +66,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "vit": ("ViTModel", VIT, {"pixel_values": IMAGES}),
     "dinov3": ("DINOv3ViTModel", VIT, {"pixel_values": IMAGES}),
-    "convnext": ("ConvNextModel", {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 24, 32]}, {"pixel_values": IMAGES}),
+    "convnext": ("ConvNextModel", {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}, {"pixel_values": IMAGES}),
     "resnet": (
         "ResNetModel",
         {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32], "embedding_size": 8, "layer_type": "basic"},
@@ -75,13 +75,13 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def made(name: str) -> Any:
+def made(name: str, **changes: Any) -> Any:
     """A model with weights that hide nothing: norms are not ones, biases and running statistics not zeros."""
     transformers = pytest.importorskip("transformers")
     kind, settings, _ = MODELS[name]
     model = getattr(transformers, kind)
     torch.manual_seed(0)
-    found = model(model.config_class(**settings)).eval()
+    found = model(model.config_class(**{**settings, **changes})).eval()
     numbers = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, value in [*found.named_parameters(), *found.named_buffers()]:
@@ -217,11 +217,10 @@ def test_a_tied_weight_is_one_parameter_under_each_of_its_names() -> None:
 
 
 def test_bfloat16_stays_bfloat16() -> None:
-    model, inputs = made("llama").to(torch.bfloat16), MODELS["llama"][2]
+    model, inputs = made("llama", num_hidden_layers=1).to(torch.bfloat16), MODELS["llama"][2]
     params = arrays(model)
     assert {weight.dtype for weight in params.values()} == {jnp.dtype("bfloat16")}
-    forward = torch_in_jax(model)
-    found = forward(params, jnp.asarray(TOKENS), use_cache=False)["logits"]
+    found = jitted(model)(params, {"input_ids": jnp.asarray(TOKENS)}, (("use_cache", False),))
     assert found.dtype == jnp.bfloat16
     expected = in_torch(model, inputs)
     rounding = abs(expected - in_torch(model.float(), inputs)).max()
@@ -298,9 +297,9 @@ def test_random_numbers_are_the_callers() -> None:
 
 
 def test_a_cache_is_no_array() -> None:
-    model = made("llama")
+    model = made("llama", num_hidden_layers=1)
     with pytest.raises(ConfigError) as caught:
-        torch_in_jax(model)(arrays(model), jnp.asarray(TOKENS))
+        jax.eval_shape(torch_in_jax(model), arrays(model), jnp.asarray(TOKENS))
     assert str(caught.value) == (
         "the module returns what is no array (1 problem):\n"
         "  there is a DynamicCache in the result\n"
@@ -311,24 +310,39 @@ def test_a_cache_is_no_array() -> None:
 # Transformations
 
 
+class Convolutions(nn.Module):
+    """What image models are made of: convolutions, strided and grouped, norms with statistics, a pool, activations in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4), nn.GroupNorm(2, 8), nn.GELU(), nn.MaxPool2d(2))
+        self.short = nn.Conv2d(8, 8, 1, stride=2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Any) -> Any:
+        x = self.stem(x)
+        x = self.block(x).add_(self.short(x))
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 def test_gradients_are_those_of_torch() -> None:
-    model = made("resnet")
-    for weight in model.parameters():
-        weight.requires_grad_()
-    model(torch.from_numpy(IMAGES)).pooler_output.square().mean().backward()
-    forward = torch_in_jax(model)
+    module = Convolutions().eval()
+    module(torch.from_numpy(IMAGES)).square().mean().backward()
+    forward = torch_in_jax(module)
 
     def loss(params: Any) -> jax.Array:
-        return (forward(params, jnp.asarray(IMAGES))["pooler_output"] ** 2).mean()
+        return (forward(params, jnp.asarray(IMAGES)) ** 2).mean()
 
-    slopes = jax.jit(jax.grad(loss), compiler_options=QUICK)(arrays(model))
-    for name, weight in model.named_parameters():
+    slopes = jax.jit(jax.grad(loss), compiler_options=QUICK)(arrays(module))
+    for name, weight in module.named_parameters():
         expected = weight.grad.numpy()
-        assert abs(slopes[name] - expected).max() < 2e-5 * abs(expected).max() + 1e-6, name
+        assert abs(slopes[name] - expected).max() < 1e-5 * abs(expected).max(), name
 
 
 def test_experts_have_gradients_too() -> None:
-    model = made("mixtral")
+    model = made("mixtral", num_hidden_layers=1)
     model.set_experts_implementation("eager")
     model(torch.from_numpy(TOKENS), use_cache=False).logits.square().mean().backward()
     model.set_experts_implementation("grouped_mm")
@@ -343,11 +357,11 @@ def test_experts_have_gradients_too() -> None:
 
 
 def test_a_batch_by_vmap_is_a_batch() -> None:
-    model = made("llama")
+    model = made("llama", num_hidden_layers=1)
     forward, params, tokens = torch_in_jax(model), arrays(model), jnp.asarray(TOKENS)
-    whole = forward(params, tokens, use_cache=False)["logits"]
+    whole = jax.jit(lambda tokens: forward(params, tokens, use_cache=False)["logits"], compiler_options=QUICK)(tokens)
     one = jax.vmap(lambda row: forward(params, row[None], use_cache=False)["logits"][0])
-    np.testing.assert_allclose(jax.jit(one)(tokens), whole, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(one, compiler_options=QUICK)(tokens), whole, atol=2e-6)
 
 
 def in_place(x: Any) -> Any:
@@ -520,13 +534,14 @@ def test_gelu_is_the_exact_one() -> None:
 
 
 def test_a_module_by_t2j_takes_a_state_dict() -> None:
-    model = made("resnet")
-    call, x = t2j(model), jnp.asarray(IMAGES)
-    whole = {name: t2j(value) for name, value in model.state_dict().items()}
+    module = Convolutions().eval()
+    call, x = t2j(module), jnp.asarray(IMAGES)
+    whole = {name: t2j(value) for name, value in module.state_dict().items()}
     with torch.inference_mode():
-        expected = model(torch.from_numpy(IMAGES)).pooler_output.numpy()
-    for options in ({"state_dict": whole}, {"state_dict": arrays(model)}, {}):
-        np.testing.assert_allclose(jax.jit(call)(x, **options)["pooler_output"], expected, rtol=1e-4, atol=1e-5)
+        expected = module(torch.from_numpy(IMAGES)).numpy()
+    quick = jax.jit(lambda options: call(x, **options), compiler_options=QUICK)
+    for options in ({"state_dict": whole}, {"state_dict": arrays(module)}, {}):
+        np.testing.assert_allclose(quick(options), expected, atol=1e-6)
 
 
 # The library below
