@@ -68,6 +68,7 @@ class Conversion:
     root: Path
     config: Config
     plan: Plan
+    verbosity: int = 0
     told: list[Told] = field(default_factory=list)
 
     @property
@@ -86,7 +87,7 @@ class Conversion:
             self.told.append(told)
             on(told)
 
-        options = RunOptions(restart=restart, overwrite=overwrite, verbosity=0, json_logs=False)
+        options = RunOptions(restart=restart, overwrite=overwrite, verbosity=self.verbosity, json_logs=False)
         return drive(request_of(self.config, options), self.plan, Stages(tell), tell, lambda outcome: {"units": len(outcome.records)}, None)
 
     def stop_after(self, units: int) -> None:

@@ -1,4 +1,6 @@
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -139,6 +141,23 @@ def test_a_process_that_hangs_is_named_then_replaced(state: str) -> None:
     assert all(event.where.startswith("pid ") for event in waiting)
     (retried,) = [event for event in events if isinstance(event, Retried)]
     assert retried.error.startswith("no sign of life for ")
+
+
+def test_a_process_that_is_stopped_is_named_and_its_unit_given_to_another(state: str) -> None:
+    events, stopped = [], 0
+    for event in start(state, "slow", units=30, patience=Patience(name_after=1, give_up_after=4)):
+        events.append(event)
+        busy = [worker.pid for worker in read_workers(Ledger(state).workers) if worker.unit is not None]
+        if not stopped and busy and isinstance(event, Finished):
+            stopped = busy[0]
+            os.kill(stopped, signal.SIGSTOP)
+    assert finished(events) == list(range(30))
+    (retried,) = [event for event in events if isinstance(event, Retried)]
+    assert retried.error.endswith(f" s (pid {stopped} on {socket.gethostname()})")
+    named = {(event.unit, event.where) for event in events if isinstance(event, Waiting)}
+    assert (retried.unit, f"pid {stopped} on {socket.gethostname()}") in named
+    by = {event.unit: event.pid for event in events if isinstance(event, Finished)}
+    assert by[retried.unit] != stopped and not alive(stopped)
 
 
 def test_a_child_that_cannot_start_says_why(state: str) -> None:

@@ -1,11 +1,13 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from waiting import alive, wait_for_workers
 
@@ -182,6 +184,32 @@ def test_ray_started_on_the_spot_is_quiet_and_goes_away(state: str) -> None:
     assert out.split() == ["Ready"] + ["Finished"] * 4
     assert err == ""
     assert not any(alive(worker.pid) for worker in read_workers(Ledger(state).workers))
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_ray_of_our_own_that_dies_is_a_report(state: str, name: str) -> None:
+    driver = _run_driver(state, "forever")
+    wait_for_workers(state, 2, seconds=60)
+    (server,) = [child for child in psutil.Process(driver.pid).children() if child.name() == name]
+    server.kill()
+    begun = time.monotonic()
+    _, err = driver.communicate(timeout=120)
+    assert time.monotonic() - begun < 40  # Ray would retry every unit in vain, or wait a minute and end the process
+    assert f"Ray on this machine died (1 problem):\n  its process {name} (pid {server.pid}) is gone\n" in err
+
+
+def test_a_task_whose_process_is_stopped_is_given_to_another_and_the_process_ends(started: None, state: str) -> None:
+    events, stopped = [], 0
+    for event in start(state, "slow", units=30, patience=Patience(name_after=1, give_up_after=4)):
+        events.append(event)
+        busy = [worker.pid for worker in read_workers(Ledger(state).workers) if worker.unit is not None]
+        if not stopped and busy and isinstance(event, Finished):
+            stopped = busy[0]
+            os.kill(stopped, signal.SIGSTOP)
+    assert finished(events) == list(range(30))
+    assert any(event.where == f"pid {stopped} on {socket.gethostname()}" for event in events if isinstance(event, Waiting))
+    assert f"pid {stopped} on " in retried(events).error
+    assert not alive(stopped)
 
 
 def test_workers_die_with_a_killed_driver(state: str) -> None:

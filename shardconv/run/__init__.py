@@ -11,6 +11,7 @@ A report for the user about the source (a file that is short, say) is never trie
 
 import importlib
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -173,6 +174,12 @@ def disk_report(error: OSError, directory: str) -> RunError:
     return RunError("cannot write the output", [problem])
 
 
+def _at(error: str, said: str) -> str:
+    """The file that an error names, as "PATH: "; "" where it names none."""
+    found = re.search(rf"{said}: '(?P<path>[^']+)'", error) or re.search(rf"(?P<path>/[^\n]*): {said}", error)
+    return f"{found['path']}: " if found else ""
+
+
 @dataclass
 class Failures:
     """Counts the failures of each unit, and says when it is enough; `name` describes a unit to the user."""
@@ -186,7 +193,7 @@ class Failures:
             raise failed.report
         for said, remedy in DISK.items():
             if said in failed.error:
-                raise RunError("cannot write the output", [Problem(f"{self.name(failed.unit)}: {said}", remedy)])
+                raise RunError("cannot write the output", [Problem(f"{self.name(failed.unit)}: {_at(failed.error, said)}{said}", remedy)])
         count = self.counts[failed.unit] = self.counts.get(failed.unit, 0) + 1
         if count >= ATTEMPTS:
             fact = f"{self.name(failed.unit)}\nlast error: {failed.error}"

@@ -22,10 +22,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,12 +34,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import shardconv
 from shardconv.errors import Problem, RunError
 from shardconv.ledger import Ledger, write_atomically
-from shardconv.run import Event, Failed, Failures, Finished, Patience, Ready, Retried, Waiting, attempt, python_path
+from shardconv.run import AGAIN, Event, Failed, Failures, Finished, Patience, Ready, Retried, Waiting, attempt, python_path
 from shardconv.run.heartbeat import Pulse, bury
 
 OBJECT_STORE = 80 * 2**20  # bytes: Ray refuses less than 75 MiB; its default, 30% of the memory, would be taken from the workers
 TASK_BYTES = 16 * 2**10  # a task's arguments are two paths and names; anything larger means that data went astray
 WAKE = 1.0  # seconds between two looks at the clock while all workers are busy
+# Of these Ray has one each on the machine that started it. Without the first no unit gets a worker and each fails in turn; without the
+# second Ray waits a minute and ends our process.
+SERVERS = ("raylet", "gcs_server")
 KNOCK = 10.0  # seconds for a host to accept a connection
 PROBE = 60.0  # seconds for a node to answer a probe: a worker's start takes 2, a cold network disk 20
 # Nothing goes to Ray's makers; no warning about a change to come in how Ray hides accelerators. Workers never import jax, and a library
@@ -67,7 +71,7 @@ def execute(
     with connected(address, count, verbose):
         if address is not None:
             _probe(Ledger(state), source)
-        tasks = _Tasks(state, units, work, count, patience, Failures(name))
+        tasks = _Tasks(state, units, work, count, patience, Failures(name), _servers() if address is None else {})
         try:
             yield from tasks.run("this machine" if address is None else address)
         finally:
@@ -87,6 +91,11 @@ def connected(address: str | None, count: int | None, verbose: bool) -> Iterator
         yield
     finally:
         ray.shutdown()
+
+
+def _servers() -> dict[str, psutil.Process]:
+    """The processes, by name, that a Ray started here cannot do without; none where we joined one."""
+    return {name: process for process in psutil.Process().children() if (name := process.name()) in SERVERS}
 
 
 def _start(count: int, verbose: bool) -> None:
@@ -211,21 +220,31 @@ def _window(count: int | None) -> int:
 
 class _Tasks:
     def __init__(
-        self, state: str, units: Sequence[int], work: str, count: int | None, patience: Patience, failures: Failures
+        self,
+        state: str,
+        units: Sequence[int],
+        work: str,
+        count: int | None,
+        patience: Patience,
+        failures: Failures,
+        servers: Mapping[str, psutil.Process],
     ) -> None:
-        self._state, self._work, self._count = state, work, count
+        self._state, self._work, self._count, self._servers = state, work, count, servers
         self._workers = Ledger(state).workers
         self._queue = deque(units)
         self._failures = failures
         self._pulse = Pulse(self._workers, patience)
         self._flying: dict[ray.ObjectRef[Finished | Failed], tuple[int, float]] = {}
         self._task = ray.remote(num_cpus=1, max_retries=0)(attempt)
+        self._window = _window(count)
 
     def run(self, where: str) -> Iterator[Event]:
         yield Ready(min(slots(self._count), len(self._queue)), f"Ray on {where}")
         while self._queue or self._flying:
+            self._require_servers()
             self._hand_out()
             done, _ = ray.wait(list(self._flying), num_returns=1, timeout=WAKE)
+            self._require_servers()
             for ref in done:
                 yield self._collect(ref)
             yield from self._look_for_the_silent()
@@ -235,9 +254,16 @@ class _Tasks:
         for ref in self._flying:
             ray.cancel(ref, force=True)
 
+    def _require_servers(self) -> None:
+        for name, server in self._servers.items():
+            if not server.is_running() or server.status() == psutil.STATUS_ZOMBIE:
+                fact = f"its process {name} (pid {server.pid}) is gone"
+                raise RunError("Ray on this machine died", [Problem(fact, f"{AGAIN}; finished units are kept")])
+
     def _hand_out(self) -> None:
-        window = _window(self._count)
-        while self._queue and len(self._flying) < window:
+        if not self._servers:  # a cluster grows and shrinks; to ask a Ray of our own again would block where its server has just died
+            self._window = _window(self._count)
+        while self._queue and len(self._flying) < self._window:
             unit = self._queue.popleft()
             arguments = (self._work, self._state, unit)
             assert len(pickle.dumps(arguments)) < TASK_BYTES, "tensors never enter Ray"
@@ -263,7 +289,10 @@ class _Tasks:
         ref = next(ref for ref, (unit, _) in self._flying.items() if unit == silence.unit)
         del self._flying[ref]
         ray.cancel(ref, force=True)
-        bury(self._workers, silence.unit)
+        owner = bury(self._workers, silence.unit)
+        if owner is not None and owner.host == socket.gethostname():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(owner.pid, signal.SIGKILL)  # one that is stopped does not hear that its task is cancelled, and keeps its slot
         return self._fail(Failed(silence.unit, f"no sign of life for {silence.seconds:.0f} s ({silence.where})", ""))
 
     def _fail(self, failed: Failed) -> Retried:
