@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from test_logits import FAMILIES
+from logit_cases import FAMILIES
 from test_models import torch_model
 from written import change, write
 

@@ -3,7 +3,7 @@
 import random
 
 from pipeline import Conversion
-from test_logits import FAMILIES
+from logit_cases import FAMILIES
 
 from shardconv.sharding import MeshRules
 
