@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from logit_cases import Case, Table, cases, exchanged, plan_of, slot, write
-from test_floors import loaded
+from test_floors import ROOT, loaded
 
 from shardconv.errors import CheckError, ConfigError
 from shardconv.verify import forwards
@@ -168,20 +168,23 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     yield tmp_path
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("mine", "mymodel")]:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("kind", ["linen", "nnx", "equinox"])
-def test_a_users_own_model_thinks_as_the_source(plain: Any, kind: str) -> None:
+@pytest.mark.parametrize(("place", "model"), [(0, "LinenLlama"), (1, "NnxLlama"), (2, "EqxLlama")])
+def test_a_users_own_model_thinks_as_the_source(plain: Any, here: Path, place: int, model: str) -> None:
     pytest.importorskip("flax")
     pytest.importorskip("equinox")
+    block = (ROOT / "docs" / "verify.md").read_text().split("```python\n")[1:][place].partition("```")[0]
+    (here / "mymodel.py").write_text(f"from user_models import {model} as Llama\n")
+    (here / "mine.py").write_text(block)
     made, restored, reference = plain
-    report = judged_by(f"user_forwards:{kind}_forward", made, restored, reference)
+    report = judged_by("mine:forward", made, restored, reference)
     assert report.reasons == ()
     leaves = {**restored.leaves, "layers.mlp.gate": restored.leaves["layers.mlp.up"], "layers.mlp.up": restored.leaves["layers.mlp.gate"]}
     swapped = Restored(leaves, restored.mesh, restored.metadata)
-    assert len(judged_by(f"user_forwards:{kind}_forward", made, swapped, reference).reasons) == 3
+    assert len(judged_by("mine:forward", made, swapped, reference).reasons) == 3
 
 
 def test_a_module_of_the_working_directory_gets_sharded_arrays_by_name(plain: Any, here: Path) -> None:

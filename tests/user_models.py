@@ -1,4 +1,4 @@
-"""A user's own JAX model three times over: a small Llama in Flax Linen, Flax NNX and Equinox, each with the forward that the check calls.
+"""A user's own JAX model three times over: a small Llama in Flax Linen, Flax NNX and Equinox. Their forwards are those of `docs/verify.md`.
 
 The parameters of all three have the names of the flat layout, layers stacked.
 """
@@ -75,14 +75,6 @@ class LinenLlama(linen.Module):
         return x @ self.param("unembed", linen.initializers.normal(), (EMBED, VOCAB))
 
 
-linen_model = LinenLlama()
-
-
-@jax.jit
-def linen_forward(params: Any, tokens: Array) -> Array:
-    return linen_model.apply({"params": params}, tokens)
-
-
 # Flax NNX
 
 
@@ -114,16 +106,6 @@ class NnxLlama(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         return normed(self.layers(self.embed[tokens]), self.final_norm[...]) @ self.unembed[...]
-
-
-graph, abstract = nnx.split(nnx.eval_shape(lambda: NnxLlama(nnx.Rngs(0))))
-
-
-@jax.jit
-def nnx_forward(params: Any, tokens: Array) -> Array:
-    state = jax.tree.map(lambda leaf: leaf, abstract)
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)(tokens)
 
 
 # Equinox
@@ -158,19 +140,3 @@ class EqxLlama(eqx.Module):
     def __call__(self, tokens: Array) -> Array:
         x, _ = jax.lax.scan(lambda x, block: (block(x), None), self.embed[tokens], self.layers)
         return normed(x, self.final_norm) @ self.unembed
-
-
-skeleton = eqx.filter_eval_shape(EqxLlama, jax.random.key(0))
-
-
-@jax.jit
-def equinox_forward(params: Any, tokens: Array) -> Array:
-    def ends(model: Any) -> tuple[Any, ...]:
-        return model.embed, model.final_norm, model.unembed
-
-    def block(model: Any) -> tuple[Any, ...]:
-        return model.layers.attn_norm, model.layers.mlp_norm, model.layers.attn, model.layers.mlp
-
-    model = eqx.tree_at(ends, skeleton, (params["embed"], params["final_norm"], params["unembed"]))
-    layers = params["layers"]
-    return eqx.tree_at(block, model, (layers["attn_norm"], layers["mlp_norm"], layers["attn"], layers["mlp"]))(tokens)
