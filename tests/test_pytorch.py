@@ -154,6 +154,12 @@ def test_an_archive_by_another_tool_is_read_where_it_is_not_compressed(tmp_path:
     assert tensor.nbytes == 8
 
 
+def test_a_file_whose_name_is_not_ascii_gives_its_members_that_name(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "модель.bin")
+    (tensor,) = read_torch(str(tmp_path), "модель.bin", "").tensors.values()
+    assert dict(places(str(tmp_path / "модель.bin"), "")) == {"w": ("F32", (2,), tensor.offset)}
+
+
 def test_only_the_directory_the_pickle_and_local_headers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from shardconv.formats import pytorch
 

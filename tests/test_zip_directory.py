@@ -89,6 +89,12 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "join the parts, or download it whole",
     ),
     "a member on another disk": (patched(DIRECTORY + 34, "H", 3), damaged("x/data.pkl is on disk 3, and there is one"), AGAIN),
+    "a version that is not there": (patched(DIRECTORY + 6, "H", 64), damaged("x/data.pkl needs version 6.4 of the format"), AGAIN),
+    "data marked as a directory": (
+        patched(SECOND + 38, "L", 0x10),
+        damaged("x/data/0 is marked as a directory, and has 8 bytes"),
+        AGAIN,
+    ),
     "no member": (patched(DIRECTORY, "4s", b"PK\1\3"), damaged(f"its directory has no member at byte {DIRECTORY}"), AGAIN),
     "a long name": (
         patched(SECOND + 28, "H", 60_000),
@@ -199,6 +205,7 @@ def test_64_bit_end_records(tmp_path: Path) -> None:
     [
         (56 + 8, "Q", 2**63, f"its 64-bit end record is not at byte {2**63}, where its locator says"),
         (56 + 8, "Q", END - 1, f"its 64-bit end record is not at byte {END - 1}, where its locator says"),
+        (56 + 4, "L", 1, f"its 64-bit end record is not at byte {END}, where its locator says"),
         (56 + 16, "L", 2, f"its 64-bit end record is not at byte {END}, where its locator says"),
         (0, "4s", b"XXXX", f"its 64-bit end record is not at byte {END}, where its locator says"),
         (40, "Q", 2**62, f"its directory would have {2**62} bytes, over 100000000"),

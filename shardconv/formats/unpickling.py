@@ -433,7 +433,6 @@ _INSTRUCTIONS: Mapping[int, Callable[[_Machine], None]] = {
         "C": lambda m: _bytes(m, 1),
         "B": lambda m: _bytes(m, 4),
         "\x8e": lambda m: _bytes(m, 8),
-        "\x96": lambda m: _bytes(m, 8),
         "]": lambda m: m.stack.append([]),
         "a": lambda m: _append(m, [m.stack.pop()]),
         "e": lambda m: _append(m, m.items()),

@@ -30,6 +30,8 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "see the 64-bit field"
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
+_IS_DIRECTORY = 0x10  # of MS-DOS attributes
+_VERSION = 63  # the latest there is, as 10 times 6.3
 _ZIP64 = 1  # the extra field with 64-bit sizes
 
 
@@ -66,9 +68,9 @@ def read_directory(name: str, descriptor: int, size: int) -> Directory:
     _, disk, first_disk, here, count, length, start, _ = _END.unpack_from(tail, at - size + len(tail))
     locator = os.pread(descriptor, _LOCATOR64.size, at - _LOCATOR64.size) if at >= _LOCATOR64.size else b""
     if locator.startswith(b"PK\6\7"):
-        _, disk, end64, disks = _LOCATOR64.unpack(locator)
+        _, end_disk, end64, disks = _LOCATOR64.unpack(locator)
         record = os.pread(descriptor, _END64.size, end64) if end64 + _END64.size + _LOCATOR64.size == at else b""
-        if len(record) < _END64.size or not record.startswith(b"PK\6\6") or disks > 1:
+        if len(record) < _END64.size or not record.startswith(b"PK\6\6") or end_disk or disks > 1:
             _refuse(name, f"its 64-bit end record is not at byte {end64}, where its locator says")
         _, _, _, _, disk, first_disk, here, count, length, start = _END64.unpack(record)
         at = end64
@@ -124,8 +126,8 @@ def _members(name: str, raw: bytes, count: int, start: int) -> list[Member]:
         if len(raw) - at < _CENTRAL.size or not raw.startswith(b"PK\1\2", at):
             _refuse(name, f"its directory has no member at byte {start + at}")
         fields = _CENTRAL.unpack_from(raw, at)
-        flags, method, crc, packed, unpacked = fields[3], fields[4], fields[7], fields[8], fields[9]
-        name_length, extra_length, comment_length, disk, header = fields[10], fields[11], fields[12], fields[13], fields[16]
+        version, flags, method, crc, packed, unpacked = fields[2] & 0xFF, *fields[3:5], *fields[7:10]
+        name_length, extra_length, comment_length, disk, attributes, header = *fields[10:14], *fields[15:17]
         begin = at + _CENTRAL.size
         at = begin + name_length + extra_length + comment_length
         if at > len(raw):
@@ -133,10 +135,14 @@ def _members(name: str, raw: bytes, count: int, start: int) -> list[Member]:
         said = _name(name, raw[begin : begin + name_length])
         extra = raw[begin + name_length : begin + name_length + extra_length]
         unpacked, packed, header = _wide(name, said, extra, unpacked, packed, header)
+        if version > _VERSION:
+            _refuse(name, f"{said} needs version {version / 10} of the format")
         if flags & _ENCRYPTED:
             raise InputError(f"{name} cannot be read", [Problem(f"{name}: {said} is encrypted", "decrypt the file first")])
         if disk not in (0, _FULL16):
             _refuse(name, f"{said} is on disk {disk}, and there is one")
+        if attributes & _IS_DIRECTORY and unpacked:  # some readers then take nothing for its bytes
+            _refuse(name, f"{said} is marked as a directory, and has {unpacked} bytes")
         if method == 0 and packed != unpacked:
             _refuse(name, f"{said} is not compressed, and has {unpacked} bytes in {packed}")
         found.append(Member(said, method, crc, packed, unpacked, header))

@@ -2,11 +2,12 @@
 
 The unpickler is given nothing but empty shells: whatever name the pickle asks for is looked up in one short table, and what is not there
 ends the reading. A shell takes its arguments and keeps or drops them, and has no attributes that a pickle could set. So the pickle cannot
-call anything, and comes out as nested tuples.
+call anything, and comes out as nested tuples. It is looked through beforehand for instructions that would take memory for nothing.
 """
 
 import io
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -33,8 +34,16 @@ WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "C128": 16, "F32": 4, "I32": 4
 # What torch.compile, FSDP and activation checkpointing put into names.
 WRAPPED = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
 
-# What a damaged pickle may end in.
-_DAMAGES = (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError)
+# What pickles of dicts, lists, numbers and tensors are written in.
+INSTRUCTIONS = frozenset(
+    """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    SHORT_BINSTRING BINSTRING SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS LIST EMPTY_DICT SETITEM SETITEMS DICT
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID REDUCE
+    BUILD""".split()
+)
+
+# What a damaged archive or pickle may end in.
+_DAMAGES = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
 
 Place = tuple[str, tuple[int, ...], int]
 
@@ -134,6 +143,14 @@ SHELLS: Mapping[str, Callable[..., Any]] = {
 
 
 def _load(raw: bytes) -> Any:
+    kept = 0
+    for instruction, value, _ in pickletools.genops(raw):
+        if instruction.name not in INSTRUCTIONS:
+            raise pickle.UnpicklingError(f"it has the instruction {instruction.name}")
+        if instruction.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            if value is not None and value > kept:  # the unpickler makes room for all the numbers below it
+                raise pickle.UnpicklingError(f"it keeps value {value} after {kept}")
+            kept += 1
     return _Shells(io.BytesIO(raw)).load()
 
 
