@@ -37,11 +37,15 @@ def write_atomically(path: str, text: str, *, durable: bool) -> None:
 
 
 def _write_draft(draft: str, text: str, durable: bool) -> None:
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = draft  # which the system does not say of a write
+        raise
 
 
 def _sync_directory(path: str) -> None:

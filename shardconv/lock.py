@@ -25,6 +25,9 @@ BEAT = 5.0  # seconds between two beats
 LIFETIME = 60.0  # seconds: twelve missed beats; a file server's hiccup passes, a crashed host blocks a new run for a minute only
 
 
+_left: set[str] = set()  # tokens of locks that this process let go of: one that could not be removed is nobody's, though we live
+
+
 @dataclass(frozen=True)
 class Owner:
     """Who holds a lock; `started` tells two processes apart that had the same pid (clock ticks since boot, 0 where unknown)."""
@@ -85,7 +88,8 @@ class Lock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._beats.join()
-        with suppress(OSError):  # a disk that takes nothing more; a lock whose owner is gone is taken over
+        _left.add(self.owner.token)
+        with suppress(OSError):  # a disk that takes nothing more; a lock that was left is taken over
             held = self._read()
             if held is not None and held.token == self.owner.token:
                 os.unlink(self.path)
@@ -143,7 +147,7 @@ class Lock:
 
     def _stale(self, held: Owner) -> bool:
         age = self._age(self.path)
-        if age is None or age > LIFETIME:
+        if age is None or age > LIFETIME or held.token in _left:
             return True
         if held.host != self.owner.host:
             return False
