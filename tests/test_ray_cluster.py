@@ -12,6 +12,7 @@ import pytest
 from shardconv.errors import RunError
 from shardconv.ledger import Ledger
 from shardconv.run import Finished, Patience, Ready, Retried
+from shardconv.verify.pool import at_work
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -68,6 +69,17 @@ def test_a_count_under_the_clusters_limits_the_tasks_at_a_time(cluster: Cluster,
     ended = sorted(float(str(record["ended"])) for record in Ledger(state).finished().values())
     assert len(ended) == 12
     assert min(after - before for before, after in pairwise(ended)) >= 0.1  # what one such unit takes
+
+
+def test_the_check_goes_to_all_nodes_of_a_cluster_that_is_left_running(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "_METADATA").write_text("{}")
+    with at_work("ray", 0, cluster.address, str(tmp_path / "_METADATA"), str(tmp_path)) as workers:
+        assert (workers.executor, workers.count) == ("ray", 2)
+        assert len({pid for _, pid in workers.answers("standin_questions:pid", [0.5] * 4)} - {os.getpid()}) == 2
+    assert not ray.is_initialized()
+    with pytest.raises(RunError, match="the cluster cannot do this check"):
+        at_work("ray", 0, cluster.address, str(tmp_path / "_METADATA"), "/no/such/source").__enter__()
+    assert not ray.is_initialized()
 
 
 def test_a_node_that_cannot_see_the_source_is_named_before_any_work(cluster: Cluster, state: str) -> None:
