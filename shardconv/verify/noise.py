@@ -17,6 +17,10 @@ PLAIN, HALF, ROUNDED = "plain", "bfloat16", "rounded"
 ORDERS = ("order 0", "order 1")
 
 
+# A contraction of two operands, as torch would do it.
+Contraction = Callable[[Any, Any], Any]
+
+
 @contextlib.contextmanager
 def computing(run: str, model: Any, place: int = 0) -> Iterator[None]:
     """While this is entered, `model` computes as a run does; `place` is where in the whole model it stands, for other orders elsewhere."""
@@ -25,7 +29,7 @@ def computing(run: str, model: Any, place: int = 0) -> Iterator[None]:
     with contextlib.ExitStack() as entered:
         entered.enter_context(torch.inference_mode())
         if run == HALF:
-            entered.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+            entered.enter_context(halves())
         if run in ORDERS:
             order = ORDERS.index(run)
             entered.enter_context(nudged(model, order))
@@ -36,27 +40,50 @@ def computing(run: str, model: Any, place: int = 0) -> Iterator[None]:
 def sums(seed: int) -> contextlib.AbstractContextManager[Any]:
     """All contractions over permuted dims: the same products, added in another order."""
     import torch
+
+    orders = torch.Generator().manual_seed(seed)
+
+    def permuted(contract: Contraction, left: Any, right: Any, *, transposed: bool) -> Any:
+        order = torch.randperm(left.shape[-1], generator=orders)
+        return contract(left[..., order], right[..., order] if transposed else right[..., order, :])
+
+    return _contractions(permuted)
+
+
+def halves() -> contextlib.AbstractContextManager[Any]:
+    """All contractions of bfloat16 values, added in float32 and rounded to bfloat16, as accelerators do it.
+
+    On a CPU without instructions for it, that is four times as fast as its own bfloat16 products, and comes to the same.
+    """
+    import torch
+
+    def half(contract: Contraction, left: Any, right: Any, *, transposed: bool) -> Any:  # noqa: ARG001
+        return contract(left.to(torch.bfloat16).float(), right.to(torch.bfloat16).float()).to(torch.bfloat16).float()
+
+    return _contractions(half)
+
+
+def _contractions(by: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
+    """While this is entered, `by` does all contractions, of what torch would do and both operands; a linear layer's is transposed."""
+    import torch
     from torch.overrides import TorchFunctionMode
 
     products = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm}
-    orders = torch.Generator().manual_seed(seed)
 
-    class Sums(TorchFunctionMode):
+    class Contractions(TorchFunctionMode):
         def __torch_function__(
             self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
         ) -> Any:
+            named = kwargs or {}
             if func is torch.addmm:
                 added, left, right, *rest = args
-                order = torch.randperm(left.shape[-1], generator=orders)
-                args = (added, left[..., order], right[..., order, :], *rest)
-            elif func is torch.nn.functional.linear or func in products:
+                return by(lambda left, right: func(added, left, right, *rest, **named), left, right, transposed=False)
+            if func is torch.nn.functional.linear or func in products:
                 left, right, *rest = args
-                order = torch.randperm(left.shape[-1], generator=orders)
-                right = right[..., order] if func is torch.nn.functional.linear else right[..., order, :]
-                args = (left[..., order], right, *rest)
-            return func(*args, **(kwargs or {}))
+                return by(lambda left, right: func(left, right, *rest, **named), left, right, transposed=func is torch.nn.functional.linear)
+            return func(*args, **named)
 
-    return Sums()
+    return Contractions()
 
 
 @contextlib.contextmanager

@@ -68,7 +68,9 @@ def walk(reference: Reference, sample: Sequence[Tokens], side: Side | None, *, f
             gaps.append(step_gap(step.name, found, step.states[ROUNDED], orders, kept, factor, by_means=by_means))
             if gaps[-1].departs and divergence is None and side is not None:
                 divergence = whole(gaps[-1])
-                if step.parts is not None:
+                if trace and number < 0:
+                    divergence = of_part(gaps[-1], step.name)  # the embedding is its own and only part
+                elif step.parts is not None:
                     divergence = _parted(step, step.parts, side, number, before, kept, factor) or divergence
         before, states = step.states[ROUNDED], step.states
         del step  # and with it the reference's block
