@@ -151,8 +151,8 @@ def _state_dict(file: str, value: object, prefix: str) -> tuple[dict[str, Pickle
     if prefix:
         tree = _under(value, prefix)
         if tree is None:
-            known = [*(["no prefix"] if _direct(value) else []), *found]
-            remedy = f"it has tensors under {listed(known)}" if known else "it has no tensors"
+            known = f"it has tensors under {listed(list(found))}" if found else "it has no tensors under any key"
+            remedy = f'{known}; source.prefix = "auto" takes those under none' if _direct(value) else known
             raise _broken(file, f"has no tensors under {prefix!r}", remedy)
     elif _direct(value):
         tree = value

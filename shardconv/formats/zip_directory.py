@@ -20,8 +20,8 @@ from typing import NoReturn
 from shardconv.errors import InputError, Problem
 from shardconv.formats.strict_json import AGAIN
 
-# A directory of a million members; a checkpoint has one for each tensor.
-DIRECTORY_LIMIT = 100_000_000
+# Bytes of a directory: some 250k members, where a checkpoint has one for each tensor. They take some ten times that in memory.
+DIRECTORY_LIMIT = 20_000_000
 _COMMENT = 65_535  # the longest comment behind the end record, which is found from behind
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
