@@ -16,8 +16,9 @@ import pytest
 from torch_zips import Raw, archive, one, write
 
 from shardconv.errors import InputError
+from shardconv.formats.pickled import ALLOWED
 from shardconv.formats.pytorch import read_torch
-from shardconv.formats.unpickling import ALLOWED, INSTRUCTIONS, unpickle
+from shardconv.formats.unpickling import INSTRUCTIONS, unpickle
 from shardconv.verify.torch_files import SHELLS, places
 
 FILE = "m.bin"

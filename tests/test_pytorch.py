@@ -327,7 +327,7 @@ def test_kinds_of_values_that_are_not_read_are_named(case: str, tmp_path: Path) 
     assert refusal(tmp_path) == [
         (f"{FILE}: its pickle asks for {name}, which is not among what a state dict needs; nothing of it was run", remedy or TRUST)
     ]
-    with pytest.raises(InputError, match="it asks for |it has the instruction "):
+    with pytest.raises(InputError, match=r"it asks for |it has the instruction "):
         dict(places(str(tmp_path / FILE), ""))
 
 

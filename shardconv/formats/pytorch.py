@@ -22,9 +22,10 @@ from shardconv.dtypes import dtype_of_code
 from shardconv.errors import InputError, Problem
 from shardconv.formats import FileHeader, SourceFile, StoredTensor
 from shardconv.formats.index import listed
+from shardconv.formats.pickled import PickledTensor
 from shardconv.formats.safetensors import LFS_POINTER, PROBLEMS_SHOWN, SIZE_LIMIT
 from shardconv.formats.strict_json import AGAIN
-from shardconv.formats.unpickling import PickledTensor, unpickle
+from shardconv.formats.unpickling import unpickle
 from shardconv.formats.zip_directory import Directory, Member, data_offset, read_directory
 
 # 100k tensors take 20 MB.

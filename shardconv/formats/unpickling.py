@@ -1,7 +1,7 @@
 """What a PyTorch file's pickle says, without running any of it.
 
 A pickle is a program for a small machine with a stack, and two of its instructions import and call what the file names. Here they do not:
-a name is looked up in a table of some dozen that `torch.save` writes for state dicts, each with a function of this module that makes plain
+a name is looked up in the table of `pickled`, which has what `torch.save` writes for state dicts, each with a function that makes plain
 values, and a name that is not in it ends the reading. Nothing is imported, no attribute is set, and no method of a value is called.
 
 The machine is bounded. Every instruction takes constant memory or memory of the pickle's own length, their number is limited, nothing is
@@ -13,82 +13,21 @@ Instructions of protocols 2 to 5 are known, as far as `pickle` writes them for s
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from shardconv.errors import InputError, Problem
+from shardconv.formats.pickled import ALLOWED, OPAQUE, UNTRUSTED, Named, Storage, Wrong
 from shardconv.formats.strict_json import AGAIN
 
 # A tensor takes about 40 instructions, so this is over 100k tensors in one file; it takes some seconds.
 INSTRUCTIONS = 5_000_000
 # Bytes of an integer: numbers of elements have 8, seeds of random generators 16.
 _INTEGER = 16
-# More dims than PyTorch's own limit of 64 are no tensor.
-_DIMS = 64
-
+# Keys of dicts beside text; they are left out.
 _PLAIN_KEYS = frozenset((int, float, bool, type(None)))
-
-# PyTorch's storages and dtypes, and the codes of them that `shardconv.dtypes` has; "" for those that no code is there for.
-STORAGES: Mapping[str, str] = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
-    "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
-    "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "",
-}  # fmt: skip
-DTYPES: Mapping[str, str] = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
-    "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
-    "complex128": "", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "F4",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A name that the pickle asks for and may have; `make` is what a call of it gives here, None for what is not called."""
-
-    name: str
-    code: str | None = None
-    make: Callable[[tuple[object, ...]], object] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Opaque:
-    """A value that no state dict is made of: a device, a set, bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A run of elements: the archive's member that has it, and its length in elements, or in bytes where it has no dtype."""
-
-    kind: Named
-    key: str
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class PickledTensor:
-    """A view of a storage; offset and strides are in elements of `dtype`, `flags` are pending operations such as "conj"."""
-
-    storage: Storage
-    dtype: Named
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    flags: tuple[str, ...]
-
-
-OPAQUE = Opaque()
-
-
-class _Wrong(Exception):
-    """What the pickle gets wrong, in words, and what to do."""
-
-    def __init__(self, what: str, remedy: str = AGAIN) -> None:
-        self.remedy = remedy
-        super().__init__(what)
 
 
 def unpickle(file: str, raw: bytes) -> object:
-    """The value that a pickle describes: dicts, lists, tuples, text, numbers, None, and the types above; pure.
+    """The value that a pickle describes: dicts, lists, tuples, text, numbers, None, and the types of `pickled`; pure.
 
     Keys of dicts that are no text are left out with their values. Raises InputError where the pickle is damaged, names what is not in
     the table, or is too long.
@@ -96,7 +35,7 @@ def unpickle(file: str, raw: bytes) -> object:
     machine = _Machine(raw)
     try:
         return machine.run()
-    except _Wrong as wrong:
+    except Wrong as wrong:
         fact, remedy = f"{file}: its pickle cannot be used: before byte {machine.at} there is {wrong}", wrong.remedy
     except IndexError:
         fact, remedy = f"{file}: its pickle cannot be used: before byte {machine.at} it runs out of values or of bytes", AGAIN
@@ -126,7 +65,6 @@ class _Foreign(Exception):
         super().__init__(name)
 
 
-UNTRUSTED = "if you trust its author, load it with PyTorch and save the state dict alone, as plain tensors: torch.save(state_dict, PATH)"
 _PLAIN = "save plain tensors: torch.save({name: tensor.%s for name, tensor in state_dict.items()}, PATH)"
 _REMEDIES = {
     "_rebuild_sparse_tensor": "sparse tensors are not read; " + _PLAIN % "to_dense()",
@@ -136,79 +74,6 @@ _REMEDIES = {
     "_rebuild_from_type_v2": "subclasses of tensors are not read; " + _PLAIN % "as_subclass(torch.Tensor)",
     "_rebuild_wrapper_subclass": "subclasses of tensors are not read; " + _PLAIN % "full_tensor()",
     "_rebuild_meta_tensor_no_storage": "tensors on the meta device have no data; save the model after its weights are loaded",
-}
-
-
-# What a call of an allowed name gives. Each takes the tuple of arguments, which are values of the machine.
-
-
-def _size_of(value: object) -> tuple[int, ...]:
-    """A tuple of integers, as sizes and strides are."""
-    if type(value) is not tuple or len(value) > _DIMS or any(type(n) is not int for n in value):
-        raise _Wrong("a size or stride that is no tuple of integers")
-    return value
-
-
-def _tensor(args: tuple[object, ...], dtype: object, metadata: object) -> PickledTensor:
-    storage, offset = args[0], args[1]
-    if type(storage) is not Storage or type(offset) is not int or type(dtype) is not Named or dtype.code is None:
-        raise _Wrong("a tensor that is not made of a storage, an offset and a dtype")
-    shape, stride = _size_of(args[2]), _size_of(args[3])
-    if len(shape) != len(stride) or offset < 0 or min((*shape, *stride), default=0) < 0:
-        raise _Wrong("a tensor with a negative size, or with more sizes than strides")
-    flags = tuple(name for name in ("conj", "neg") if metadata.get(name)) if type(metadata) is dict else ()
-    return PickledTensor(storage, dtype, offset, shape, stride, flags)
-
-
-def _rebuild_tensor_v2(args: tuple[object, ...]) -> object:
-    """(storage, offset, size, stride, requires_grad, hooks[, metadata])"""
-    storage = args[0]
-    if type(storage) is not Storage or storage.kind.name == _UNTYPED:
-        raise _Wrong("a tensor whose storage has no dtype")
-    return _tensor(args, storage.kind, args[6] if len(args) > 6 else None)
-
-
-def _rebuild_tensor_v3(args: tuple[object, ...]) -> object:
-    """(storage, offset, size, stride, requires_grad, hooks, dtype[, metadata])"""
-    return _tensor(args, args[6], args[7] if len(args) > 7 else None)
-
-
-def _rebuild_parameter(args: tuple[object, ...]) -> object:
-    """(tensor, requires_grad, hooks[, attributes])"""
-    if type(args[0]) is not PickledTensor:
-        raise _Wrong("a parameter that is no tensor")
-    return args[0]
-
-
-def _ordered_dict(args: tuple[object, ...]) -> object:
-    if args:
-        raise _Wrong("an OrderedDict that is made of something")
-    return {}
-
-
-def _opaque(_: tuple[object, ...]) -> object:
-    return OPAQUE
-
-
-_UNTYPED = "torch.storage.UntypedStorage"
-_CALLED: Mapping[str, Callable[[tuple[object, ...]], object]] = {
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
-    "collections.OrderedDict": _ordered_dict,
-    "torch.Size": _opaque,
-    "torch.device": _opaque,
-    "_codecs.encode": _opaque,  # bytes, in protocol 2
-    "__builtin__.set": _opaque,
-    "builtins.set": _opaque,
-    "__builtin__.frozenset": _opaque,
-    "builtins.frozenset": _opaque,
-}
-ALLOWED: Mapping[str, Named] = {
-    **{name: Named(name, None, make) for name, make in _CALLED.items()},
-    **{f"torch.{name}": Named(name, code) for names in (STORAGES, DTYPES) for name, code in names.items()},
-    _UNTYPED: Named(_UNTYPED, ""),
 }
 
 
@@ -229,11 +94,11 @@ class _Machine:
             self.at += 1
             if code == _STOP:
                 if self.at != len(raw):
-                    raise _Wrong("more after its end")
+                    raise Wrong("more after its end")
                 return self.stack[-1]
             do = known.get(code)
             if do is None:
-                raise _Wrong(f"instruction {bytes([code])!r}, which no state dict needs", UNTRUSTED)
+                raise Wrong(f"instruction {bytes([code])!r}, which no state dict needs", UNTRUSTED)
             do(self)
         raise _TooLong
 
@@ -241,7 +106,7 @@ class _Machine:
         """The next bytes of the pickle."""
         at = self.at
         if count > len(self.raw) - at:
-            raise _Wrong(f"an instruction that needs {count} bytes where {len(self.raw) - at} are left")
+            raise Wrong(f"an instruction that needs {count} bytes where {len(self.raw) - at} are left")
         self.at = at + count
         return self.raw[at : at + count]
 
@@ -255,7 +120,7 @@ class _Machine:
     def line(self) -> str:
         end = self.raw.find(b"\n", self.at)
         if end < 0:
-            raise _Wrong("a line that does not end")
+            raise Wrong("a line that does not end")
         found = self.raw[self.at : end].decode()
         self.at = end + 1
         return found
@@ -280,51 +145,51 @@ def _instance(machine: _Machine) -> None:
 def _stack_name(machine: _Machine) -> None:
     name, module = machine.stack.pop(), machine.stack.pop()
     if type(name) is not str or type(module) is not str:
-        raise _Wrong("a name that is no text")
+        raise Wrong("a name that is no text")
     _name(machine, f"{module}.{name}")
 
 
 def _call(machine: _Machine) -> None:
     args, named = machine.stack.pop(), machine.stack.pop()
     if type(named) is not Named or named.make is None or type(args) is not tuple:
-        raise _Wrong("a call of what is not called")
+        raise Wrong("a call of what is not called")
     machine.stack.append(named.make(args))
 
 
 def _persistent(machine: _Machine) -> None:
     found = machine.stack.pop()
     if type(found) is not tuple or len(found) != 5 or found[0] != "storage":
-        raise _Wrong("a persistent id that is no storage")
+        raise Wrong("a persistent id that is no storage")
     _, kind, key, _, length = found
     if type(kind) is not Named or not kind.name.endswith("Storage") or type(key) is not str or type(length) is not int or length < 0:
-        raise _Wrong("a storage that is no class, key and number of elements")
+        raise Wrong("a storage that is no class, key and number of elements")
     machine.stack.append(Storage(kind, key, length))
 
 
 def _build(machine: _Machine) -> None:
     machine.stack.pop()
     if type(machine.stack[-1]) is not dict:  # an OrderedDict's attributes, such as `_metadata`, are nobody's weights
-        raise _Wrong("attributes of what has none")
+        raise Wrong("attributes of what has none")
 
 
 def _set(machine: _Machine, items: list[object]) -> None:
     target = machine.stack[-1]
     if type(target) is not dict or len(items) % 2:
-        raise _Wrong("entries of what is no dict")
+        raise Wrong("entries of what is no dict")
     for i in range(0, len(items), 2):
         key = items[i]
         if type(key) is str:
             if key in target:
-                raise _Wrong(f"the key {key[:60]!r} twice")
+                raise Wrong(f"the key {key[:60]!r} twice")
             target[key] = items[i + 1]
         elif type(key) not in _PLAIN_KEYS:  # a tuple of tuples of tuples may take forever to hash, in whatever reads this file next
-            raise _Wrong("an entry whose key is neither text nor a number", UNTRUSTED)
+            raise Wrong("an entry whose key is neither text nor a number", UNTRUSTED)
 
 
 def _append(machine: _Machine, items: list[object]) -> None:
     target = machine.stack[-1]
     if type(target) is not list:
-        raise _Wrong("items of what is no list")
+        raise Wrong("items of what is no list")
     target += items
 
 
@@ -370,12 +235,12 @@ def _get(machine: _Machine, index: int) -> None:
     try:
         machine.stack.append(machine.memo[index])
     except KeyError:
-        raise _Wrong(f"value {index}, which was not kept") from None
+        raise Wrong(f"value {index}, which was not kept") from None
 
 
 def _put(machine: _Machine, index: int) -> None:
     if index > len(machine.memo):
-        raise _Wrong(f"a value kept as number {index}, after {len(machine.memo)}")
+        raise Wrong(f"a value kept as number {index}, after {len(machine.memo)}")
     machine.memo[index] = machine.stack[-1]
 
 
@@ -391,19 +256,19 @@ def _bytes(machine: _Machine, size: int) -> None:
 def _integer(machine: _Machine) -> None:
     size = machine.number(1)
     if size > _INTEGER:
-        raise _Wrong(f"an integer of {size} bytes")
+        raise Wrong(f"an integer of {size} bytes")
     machine.stack.append(int.from_bytes(machine.take(size), "little", signed=True))
 
 
 def _protocol(machine: _Machine) -> None:
     protocol = machine.number(1)
     if not 2 <= protocol <= 5:
-        raise _Wrong(f"protocol {protocol}; PyTorch writes 2 to 5")
+        raise Wrong(f"protocol {protocol}; PyTorch writes 2 to 5")
 
 
 def _frame(machine: _Machine) -> None:
     if (size := machine.number(8)) > len(machine.raw) - machine.at:
-        raise _Wrong(f"a frame of {size} bytes")
+        raise Wrong(f"a frame of {size} bytes")
 
 
 def _push(value: object) -> Callable[[_Machine], None]:
