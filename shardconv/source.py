@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -216,6 +217,7 @@ def _source(
 
 def _header(root: str, name: str, prefix: str) -> FileHeader:
     """The header of a file of either form; an index only names files of its own form."""
+    _require_file(root, name)
     return read_torch(root, name, prefix) if _PYTORCH.is_file(name) else read_header(root, name)
 
 
@@ -239,7 +241,18 @@ def _headers(root: str, names: list[str], prefix: str) -> tuple[dict[str, FileHe
     return headers, problems
 
 
+def _require_file(root: str, name: str) -> None:
+    """Raise InputError where a name is of something that may be read without end; what else is wrong its reader says."""
+    try:
+        mode = os.stat(os.path.join(root, name)).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise _stop(f"{name} is a pipe, a socket or a device, not a file", "put it on a disk first")
+
+
 def _read(root: str, name: str) -> bytes:
+    _require_file(root, name)
     try:
         with open(os.path.join(root, name), "rb") as file:
             return file.read()
@@ -283,11 +296,11 @@ def check_unchanged(source: Source, names: Iterable[str] | None = None) -> list[
     for name in source.files if names is None else sorted(names):
         file = source.files[name]
         try:
-            stat = os.stat(os.path.join(source.root, name))
-            if (stat.st_size, stat.st_mtime_ns) == (file.size, file.mtime_ns):
+            found = os.stat(os.path.join(source.root, name))
+            if (found.st_size, found.st_mtime_ns) == (file.size, file.mtime_ns):
                 continue
-            if stat.st_size != file.size:
-                how = f"it had {file.size} bytes and has {stat.st_size}"
+            if found.st_size != file.size:
+                how = f"it had {file.size} bytes and has {found.st_size}"
             elif _header(source.root, name, source.prefix).file.header_digest != file.header_digest:
                 how = "its header is another one"
             else:

@@ -452,6 +452,18 @@ def test_an_empty_name(tmp_path: Path) -> None:
     assert refusal(tmp_path) == [(f"{FILE}: a tensor's name is empty", "save the state dict under other names")]
 
 
+def test_names_with_control_characters_and_without_end(tmp_path: Path) -> None:
+    long = "n" * 10_000
+    save(tmp_path, {"a\x1b[31m": torch.ones(1), "b\0": torch.ones(1), long: torch.ones(1)[:0].expand(2, 0), long + "2": torch.rand(2, 2).T})
+    assert refusal(tmp_path) == [
+        (f"{FILE}: a tensor's name is 'a\\x1b[31m'", "save the state dict under other names"),
+        (f"{FILE}: a tensor's name is 'b\\x00'", "save the state dict under other names"),
+        (f"{FILE}: tensor {'n' * 117}... is a view of shape [2, 2] with strides [1, 2], not a contiguous range", PLAIN),
+    ]
+    save(tmp_path, {"w": torch.ones(1), "x\n": 1, long: 2})
+    assert agree(tmp_path).notes == (f"{FILE}: 2 entries that are no tensors are left out: 'x\\n', {'n' * 117}...",)
+
+
 def test_a_missing_storage_is_said_once(tmp_path: Path) -> None:
     data = Raw().add(b"}(").text("a").tensor(key="7").text("b").tensor(key="7").add(b"u").end()
     write(tmp_path / FILE, data)

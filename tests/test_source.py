@@ -164,6 +164,14 @@ def test_an_index_or_config_that_cannot_be_read(tmp_path):
     assert failure(tmp_path) == ("config.json has the key a twice", "download this file again")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", INDEX, "config.json"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    save(tmp_path / "weights.safetensors", ones("a"))
+    os.mkfifo(tmp_path / name)
+    path = tmp_path / "weights.safetensors" if name == "config.json" else tmp_path / name
+    assert failure(path) == (f"{name} is a pipe, a socket or a device, not a file", "put it on a disk first")
+
+
 def test_the_report_over_several_files_as_a_user_sees_it(tmp_path):
     save(tmp_path / "x.safetensors", ones("a"))
     size = (tmp_path / "x.safetensors").stat().st_size

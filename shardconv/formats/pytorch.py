@@ -15,7 +15,7 @@ import hashlib
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardconv.dtypes import dtype_of_code
@@ -38,6 +38,8 @@ _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _PARALLEL = "module."
 _SAVE = 'in Python: import torch; torch.save(torch.load("{file}", weights_only=True), "{file}")'
 _PLAIN = "save it anew as plain tensors: torch.save({name: tensor.contiguous() for name, tensor in state_dict.items()}, PATH)"
+
+_NAME = 120  # characters of a name that a message shows
 
 Tree = Mapping[str, object]
 
@@ -152,7 +154,7 @@ def _state_dict(file: str, value: object, prefix: str) -> tuple[dict[str, Pickle
     if prefix:
         tree = _under(value, prefix)
         if tree is None:
-            known = f"it has tensors under {listed(list(found))}" if found else "it has no tensors under any key"
+            known = f"it has tensors under {_names(found)}" if found else "it has no tensors under any key"
             remedy = f'{known}; source.prefix = "auto" takes those under none' if _direct(value) else known
             raise _broken(file, f"has no tensors under {prefix!r}", remedy)
     elif _direct(value):
@@ -161,14 +163,14 @@ def _state_dict(file: str, value: object, prefix: str) -> tuple[dict[str, Pickle
         (where, tree), *_ = found.items()
         notes.append(f"{file}: the tensors are those under {where!r}")
     elif found:
-        fact = f"has tensors under {listed(list(found))}, and none beside them"
-        raise _broken(file, fact, f'choose one: source.prefix = "{next(iter(found))}"')
+        fact = f"has tensors under {_names(found)}, and none beside them"
+        raise _broken(file, fact, f'choose one: source.prefix = "{_shown(next(iter(found)))}"')
     else:
         raise _broken(file, "holds no tensors by name", "save a dict: torch.save(model.state_dict(), PATH)")
     rest = [key for key, entry in tree.items() if not isinstance(entry, PickledTensor)]
     if rest:
         count = "1 entry that is no tensor is" if len(rest) == 1 else f"{len(rest)} entries that are no tensors are"
-        notes.append(f"{file}: {count} left out: {listed(rest)}")
+        notes.append(f"{file}: {count} left out: {_names(rest)}")
     return _unwrapped(file, {key: entry for key, entry in tree.items() if isinstance(entry, PickledTensor)}), tuple(notes)
 
 
@@ -207,7 +209,7 @@ def _unwrapped(file: str, state: dict[str, PickledTensor]) -> dict[str, PickledT
         named = {key.removeprefix(_PARALLEL): old for key, old in named.items()}
     if len(named) < len(state):
         lost = sorted(set(state) - set(named.values()))
-        fact = f"has names that differ only by what wrappers of modules add: {listed(lost)}"
+        fact = f"has names that differ only by what wrappers of modules add: {_names(lost)}"
         raise _broken(file, fact, "save the state dict of the bare model")
     return {key: state[old] for key, old in named.items()}
 
@@ -219,6 +221,16 @@ def unwrapped(name: str) -> str:
     'layers.0.w'
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _names(names: Iterable[str]) -> str:
+    return listed([_shown(name) for name in names])
+
+
+def _shown(name: str) -> str:
+    """A name as a message can carry it: no control characters, and not without end."""
+    short = name if len(name) <= _NAME else name[: _NAME - 3] + "..."
+    return short if short.isprintable() else ascii(short)
 
 
 # Where the tensors are
@@ -260,9 +272,9 @@ def _place(archive: _Archive, key: str) -> tuple[int, int] | Problem:
 
 def _stored(file: str, name: str, tensor: PickledTensor, begin: int, nbytes: int) -> StoredTensor | Problem:
     """A tensor as a range of the file, in a storage of `nbytes` at byte `begin`; or what is wrong."""
-    who = f"{file}: tensor {name}"
-    if not name:
-        return Problem(f"{file}: a tensor's name is empty", "save the state dict under other names")
+    who = f"{file}: tensor {_shown(name)}"
+    if not name.isprintable() or not name:
+        return Problem(f"{file}: a tensor's name is {_shown(name) or 'empty'}", "save the state dict under other names")
     code, shape = tensor.dtype.code, tensor.shape
     if not code:
         return Problem(f"{who} is of {tensor.dtype.name}, which is not read", "leave it out, or save it as another dtype")
