@@ -22,8 +22,8 @@ from shardconv.errors import CheckError, ConfigError
 from shardconv.verify import forwards
 from shardconv.verify.agreement import LogitReport
 from shardconv.verify.forwards import forward_of, require_forward
-from shardconv.verify.logit_request import Bounds
-from shardconv.verify.logits import by_logits
+from shardconv.verify.logit_request import Bounds, LogitRequest
+from shardconv.verify.logits import by_logits, check
 from shardconv.verify.restoring import Restored, restore
 from shardconv.verify.roundings import roundings
 
@@ -69,6 +69,16 @@ def test_the_traced_module_thinks_as_the_source(case: Any, tmp_path: Path, name:
     report = judged_by("torch", made, restored, reference)
     assert report.reasons == () and report.unjudged == 0
     assert report.bounds.max_abs is not None and report.judged.max_abs < report.bounds.max_abs / 2
+
+
+@traces
+def test_the_whole_check_by_the_traced_module(case: Any, tmp_path: Path) -> None:
+    made = case("mixtral")
+    plan = plan_of(made.source, "flat")
+    path, source = write(plan, tmp_path), str(made.source)
+    request = LogitRequest(path, source, "auto", roundings(plan), "torch", (64, 70), 5, None, Bounds(), trace=False, memory=1 << 30)
+    found = check(request)
+    assert found.report.reasons == () and found.forward == "torch" and found.devices == 8
 
 
 @traces

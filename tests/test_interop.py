@@ -73,6 +73,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"pixel_values": IMAGES},
     ),
 }
+SHARDED = ("llama, tied", "mixtral", "convnext")  # the others with whole weights
 
 
 def made(name: str, **changes: Any) -> Any:
@@ -129,7 +130,7 @@ def noise(model: Any, inputs: Mapping[str, Any], found: Array) -> float:
     return float(abs(found - exact).max())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in SHARDED])
 def test_a_model_in_jax_is_within_the_noise_of_torch(name: str) -> None:
     model, inputs = made(name), MODELS[name][2]
     found = in_jax(jitted(model), arrays(model), inputs)
@@ -170,7 +171,7 @@ def spread(array: jax.Array) -> jax.Array:
     return jax.device_put(array, NamedSharding(mesh(), PartitionSpec(*places)))
 
 
-@pytest.mark.parametrize("name", ["llama, tied", "mixtral", "resnet"])
+@pytest.mark.parametrize("name", SHARDED)
 def test_sharded_weights_and_none_in_torch(name: str) -> None:
     model, inputs = made(name), MODELS[name][2]
     with weightless():
