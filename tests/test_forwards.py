@@ -186,7 +186,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_users_own_model_thinks_as_the_source(plain: Any, here: Path, place: int, model: str) -> None:
     pytest.importorskip("flax")
     pytest.importorskip("equinox")
-    block = (ROOT / "docs" / "verify.md").read_text().split("```python\n")[1:][place].partition("```")[0]
+    block = (ROOT / "docs" / "logits.md").read_text().split("```python\n")[1:][place].partition("```")[0]
     (here / "mymodel.py").write_text(f"from user_models import {model} as Llama\n")
     (here / "mine.py").write_text(block)
     made, restored, reference = plain

@@ -1,4 +1,4 @@
-"""A user's own JAX model three times over: a small Llama in Flax Linen, Flax NNX and Equinox. Their forwards are those of `docs/verify.md`.
+"""A user's own JAX model three times over: a small Llama in Flax Linen, Flax NNX and Equinox. Their forwards are those of `docs/logits.md`.
 
 The parameters of all three have the names of the flat layout, layers stacked.
 """
