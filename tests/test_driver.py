@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -7,14 +8,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from conversions import Conversion, assert_complete, interrupt_after, interrupt_at, make_config, make_source, plan_finely
 
 from shardconv.errors import CheckError, ConfigError, InputError, RunError
 from shardconv.ledger import Ledger
 from shardconv.lock import Lock
-from shardconv.run import Began, Finished, Note, Ready, Retried, Stage, Told, python_path
-from shardconv.run.driver import change_places
+from shardconv.run import Began, Finished, Note, Patience, Ready, Retried, Stage, Told, python_path
+from shardconv.run.driver import FINISH, change_places
 from shardconv.run.job import Place
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -316,6 +318,36 @@ def test_what_is_lost_before_the_commit_is_found_and_nothing_is_published(conver
         conversion.drive(lose)
     assert caught.value.exit_code == 4
     assert not conversion.out.exists()
+
+
+def finisher() -> psutil.Process:
+    """The process that commits."""
+    (found,) = [child for child in psutil.Process().children() if FINISH in " ".join(child.cmdline())]
+    return found
+
+
+def test_a_commit_that_dies_is_a_report_and_is_run_again(conversion: Conversion, source: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        conversion.drive(lambda told: finisher().kill() if told == Stage("commit") else None)
+    (problem,) = caught.value.problems
+    assert caught.value.title == "the commit failed"
+    assert re.match(r"its process \(pid \d+\) was killed by SIGKILL \(out of memory, perhaps\)", problem.fact)
+    assert problem.remedy == "run the same command again; finished units are kept"
+    conversion.drive()
+    assert conversion.finished() == []
+    assert_complete(conversion, source)
+
+
+def test_a_commit_that_stands_still_is_named_and_given_up(
+    conversion: Conversion, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardconv.run.driver.PATIENCE", Patience(name_after=0.5, give_up_after=2.0))
+    with pytest.raises(RunError, match=r"its process \(pid \d+\) has done nothing for 2 s"):
+        conversion.drive(lambda told: finisher().suspend() if told == Stage("commit") else None)
+    assert any(isinstance(told, Note) and told.text.startswith("the commit has taken ") for told in conversion.told)
+    monkeypatch.undo()
+    conversion.drive()
+    assert_complete(conversion, source)
 
 
 def test_a_source_that_shrinks_meanwhile_is_a_report_about_the_source(tmp_path: Path, source: Path) -> None:

@@ -22,15 +22,12 @@ calls find it at either:
 
 `v1.load` takes the checkpoint's directory, `StandardCheckpointer` and `PyTreeCheckpointer` the pytree's (`final`).
 Managers want a step and an item: v0's reads any, most simply "default", v1's "state"; MaxText wants "items".
-
-`python -m shardconv.sinks.orbax_commit REQUEST.json` carries out a `commit.CommitRequest`; see there.
 """
 
 import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -39,9 +36,9 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
-from shardconv.errors import CheckError, Problem, ShardconvError
+from shardconv.errors import CheckError, Problem
 from shardconv.sinks.chunk_writer import sweep
-from shardconv.sinks.commit import CommitRequest, Committed, error_document
+from shardconv.sinks.commit import CommitRequest, Committed
 from shardconv.sinks.direct import sync_directory, sync_file
 from shardconv.sinks.grid import check_grid
 from shardconv.sinks.paths import checkpoint_path, refuse_finished, stage_path
@@ -214,22 +211,3 @@ def tree(arrays: Collection[ArraySpec]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[spec.path[-1]] = Staged(spec)
     return root
-
-
-def main(request: str) -> int:
-    """Carry out the request in this file, and leave the answer beside it; the exit code."""
-    path = Path(request)
-    code = 0
-    try:
-        done = commit(CommitRequest.from_json(path.read_text()))
-        document: dict[str, Any] = {"path": done.path, "discarded": done.discarded, "orbax": done.orbax}
-    except ShardconvError as error:
-        document, code = error_document(error), int(error.exit_code)
-    answer = path.with_suffix(".answer.json")
-    answer.with_suffix(".tmp").write_text(json.dumps(document))
-    os.replace(answer.with_suffix(".tmp"), answer)
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
