@@ -61,7 +61,7 @@ def check(request: LogitRequest) -> LogitVerdict:
         side = jax_side(described, config, request.rope, devices, layer_by_layer=layer_by_layer)
         found = side_by_side(reference, side, sample, request.bounds, seed=request.seed, trace=request.trace)
     else:
-        from shardconv.verify.forwards import forward_of  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from shardconv.verify.forwards import forward_of
 
         forward = forward_of(request.forward, request.source, restore(request.checkpoint, devices))
         found = by_logits(reference, forward, sample, request.bounds, seed=request.seed)
