@@ -1,6 +1,6 @@
 """Kill a conversion at seeded random moments and at every named step of its end; run the same command again; compare.
 
-    python scripts/reliability/kills.py WORK [--local 200] [--ray 20] [--steps] [--seed 1] [--jobs 2]
+    python scripts/reliability/kills.py WORK [--local 200] [--ray 20] [--steps [WAY ...]] [--seed 1] [--jobs 2]
 
 A small model is converted undisturbed once for each way of converting (`WAYS`). Then each case is one conversion whose first runs, one to
 four of them, are killed at a random moment: SIGKILL to the driver, a worker, the process that commits, the driver's process group,
@@ -258,8 +258,8 @@ def run_step(work: Path, way: Way, known: Known, role: str, number: int, step: s
     code = running.wait()
     result = Result(victim=f"{role} at a step", killed=code != 0, runs=1)
     result.line = f"     {way.name:30s} {role} before {step}"
-    if code not in (-9, 5):
-        result.wrongs.append(f"the run ended with code {code}")
+    if code != (-9 if role == "driver" else 5) or not log.read_text().splitlines()[-1].startswith(f"{number} "):
+        result.wrongs.append(f"the run ended with code {code}, and not at this step")
     result.wrongs += known.judge.wrongs(case)
     result.lost = lost_units(case)
     _end(case, way, known, running, result)
@@ -281,12 +281,16 @@ def cases(work: Path, options: argparse.Namespace, known: dict[Way, Known], pool
             way = ways[number % len(ways)]
             futures.append(pool.submit(run_case, work, number, way, known[way], victims, own))
             number, kills = number + 1, kills - len(victims)
-    for way in WAYS[: options.steps]:
+    for way in _stepped(options):
         for role in ("commit", "driver"):
             for step_number, step in steps_of(work, way, known[way], role):
                 futures.append(pool.submit(run_step, work, way, known[way], role, step_number, step))
     for future in futures:
         yield from future.result()
+
+
+def _stepped(options: argparse.Namespace) -> list[Way]:
+    return [way for way in WAYS if way.name in options.steps]
 
 
 def main() -> int:
@@ -295,7 +299,8 @@ def main() -> int:
     parser.add_argument("work", type=Path, help="a directory to work in; removed at the end unless something is wrong")
     parser.add_argument("--local", type=int, default=200)
     parser.add_argument("--ray", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=len(WAYS), help="in how many ways of converting each step is killed")
+    names = [way.name for way in WAYS]
+    parser.add_argument("--steps", nargs="*", choices=names, default=names, help="the ways of converting in which each step is killed")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
@@ -304,7 +309,7 @@ def main() -> int:
     (work / "model.json").write_text(json.dumps(MODEL))
     synthesise(str(work / "model.json"), str(work / "source"), sparse=False, seed=1, dtype="bfloat16", shard_bytes=1_000_000)
     begun = time.monotonic()
-    ways = (*(WAYS if options.local or options.steps else ()), *(RAY_WAYS if options.ray else ()))
+    ways = (*(WAYS if options.local else _stepped(options)), *(RAY_WAYS if options.ray else ()))
     known = {way: undisturbed(work, way) for way in ways}
     for way, found in known.items():
         print(f"undisturbed {way.name}: {found.units} units, {found.seconds:.1f} s", flush=True)

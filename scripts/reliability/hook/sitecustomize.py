@@ -29,7 +29,7 @@ def install(role: str, number: int, place: str, log: str) -> None:
         if not (writes or event in CHANGES) or not isinstance(arguments[0], str | os.PathLike):
             return
         path = os.fspath(arguments[0])
-        if not isinstance(path, str) or not path.startswith(place):
+        if not isinstance(path, str) or not path.startswith(place + os.sep):
             return
         # This very line must not be a step, and must be there after a SIGKILL.
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
