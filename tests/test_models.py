@@ -21,6 +21,7 @@ from shardconv.models.description import Decoder, Place, Reading, Rope
 from shardconv.models.hf import Entries, decoder_of, rope_of
 from shardconv.models.reading import read
 from shardconv.models.rope import frequencies, rotate
+from shardconv.models.shapes import DIMS, misshapen
 
 Array = np.ndarray[Any, Any]
 Config = dict[str, Any]
@@ -402,6 +403,24 @@ def test_maxtext_rotates_pairs_with_llama3_scaling(scaling: Config | None, rope:
     assert found.decoder.rope == replace(decoder.rope, pairs=pairs)
     assert found.decoder.query_scale == 1.0
     assert found.blocks[2]["q"] == Place("params.params.decoder.layers.self_attention.query.kernel", 2, axis=1)
+
+
+def test_arrays_of_other_shapes_are_named() -> None:
+    decoder = decoder_of(LLAMA)
+    reading = read("flat", decoder, FLAT, scanned=True, rope="auto")
+    sizes = {"embed": 48, "heads": 6, "kv_heads": 2, "head_dim": 16, "mlp": 40, "vocab": 64}
+    by_leaf = {place.leaf: (role, place) for block in (reading.ends, *reading.blocks) for role, place in block.items()}
+    leaves = {
+        leaf: (3,) * (place.index is not None) + tuple(sizes[dim] for dim in DIMS[role].split()) for leaf, (role, place) in by_leaf.items()
+    }
+    assert list(misshapen(reading, leaves)) == []
+    wrong = leaves | {"layers.attn.q": (3, 48, 16, 6), "layers.mlp.down": (3, 39, 48), "final_norm": (48, 1), "unembed": (64, 48)}
+    assert [problem.fact for problem in misshapen(reading, wrong)] == [
+        "final_norm gives final_norm as 48 x 1, and should as embed 48",
+        "unembed gives unembed as 64 x 48, and should as embed 48 x vocab",
+        "layers.attn.q gives q as 48 x 16 x 6, and should as embed 48 x heads 6 x head_dim 16",
+        "layers.mlp.down gives down as 39 x 48, and should as mlp 40 x embed 48",
+    ]
 
 
 # Independence: a forward that used the converter's tables would find them right whatever they say.

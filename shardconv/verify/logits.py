@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from shardconv.errors import InputError, Problem
+from shardconv.errors import CheckError, InputError, Problem
 from shardconv.models.decoder import unembedded, weights_of
 from shardconv.models.description import Reading
 from shardconv.models.hf import decoder_of
 from shardconv.models.reading import read
+from shardconv.models.shapes import misshapen
 from shardconv.verify.agreement import LogitReport, Measured, compare, measure
 from shardconv.verify.differences import Logits, Tokens
 from shardconv.verify.divergence import Divergence, StepGap
@@ -107,7 +108,10 @@ def jax_side(described: Described, config: dict[str, object], rope: str, devices
 def reading_of(described: Described, config: dict[str, object], rope: str) -> Reading:
     """How its layout's code reads a checkpoint."""
     layout, scanned = described.metadata["shardconv"]["layout"], bool(described.metadata["scan_layers"])
-    return read(layout, decoder_of(config), described.leaves.keys(), scanned=scanned, rope=rope)
+    reading = read(layout, decoder_of(config), described.leaves.keys(), scanned=scanned, rope=rope)
+    if problems := list(misshapen(reading, {name: leaf.shape for name, leaf in described.leaves.items()})):
+        raise CheckError("the arrays have other shapes than the model", problems)
+    return reading
 
 
 def side_by_side(
