@@ -8,7 +8,9 @@ have a key in the config are overrides of that key, so there is one truth. Exit 
 import json
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Literal, NoReturn
 
 import typer
@@ -67,6 +69,18 @@ def _said(flags: Mapping[str, str | None]) -> list[str]:
     """Flags as overrides of the config: TOML strings, so that no address or size is taken for a number; a sample may be one."""
     numbers = {key for key, value in flags.items() if key == "check.sample" and value is not None and value.isdigit()}
     return [f"{key}={value if key in numbers else json.dumps(value)}" for key, value in flags.items() if value is not None]
+
+
+@contextmanager
+def _errors_in_log(json_logs: bool) -> Iterator[None]:
+    """With --json-logs an error of the config is an event as well, as all later ones are."""
+    try:
+        yield
+    except ConfigError as error:
+        if json_logs:
+            event = {"time": round(time.time(), 3), "event": "error", "code": int(error.exit_code), "message": str(error)}
+            typer.echo(json.dumps(event), err=True)
+        raise
 
 
 class _Output(Console):
@@ -135,7 +149,8 @@ def run(
         "check.mode": check,
         "check.sample": sample,
     }
-    loaded = load_config(config, [*(overrides or ()), *_said(flags), *_TRACED[trace]])
+    with _errors_in_log(json_logs):
+        loaded = load_config(config, [*(overrides or ()), *_said(flags), *_TRACED[trace]])
     from shardconv.conversion import run as convert
 
     options = RunOptions(restart=restart, overwrite=overwrite, verbosity=int(verbose) - int(quiet), json_logs=json_logs)

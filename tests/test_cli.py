@@ -111,6 +111,15 @@ def test_a_config_error_is_a_report_on_stderr() -> None:
     )
 
 
+def test_with_json_logs_a_config_error_is_an_event_too() -> None:
+    code, out, err = type_in("run", "c.toml", "--json-logs", "--set", "target.scan_layer=true")
+    event, report = err.split("\n", 1)
+    assert (code, out) == (ExitCode.USAGE, "")
+    assert report.startswith("error: the config is not valid")
+    told = json.loads(event)
+    assert (told["event"], told["code"], f"error: {told['message']}\n") == ("error", 2, report)
+
+
 def test_flags_of_run_are_overrides_and_come_last() -> None:
     words = ["run", "c.toml", "--set", "workers.memory_budget=1GiB", "--memory-budget", "lots", "--address", "", "--executor", "local"]
     assert type_in(*words) == (
