@@ -47,7 +47,7 @@ def inspect(path: str, match: str | None, prefix: str = "") -> Listing:
     from shardconv.sinks.listing import pytrees  # tensorstore is not needed to list a source
 
     unfinished = _unfinished(path)
-    folders = [folder for folder in pytrees(path) if STAGE_SUFFIX not in os.path.relpath(folder, path)]
+    folders = [folder for folder in pytrees(path) if STAGE_SUFFIX not in os.path.abspath(folder)]
     if folders:
         found, form, notes = [entry for folder in folders for entry in _stored(path, folder)], "orbax", unfinished
     else:

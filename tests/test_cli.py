@@ -270,6 +270,15 @@ def test_an_unfinished_conversion_is_no_checkpoint(here: Path, left: str) -> Non
     )
 
 
+def test_a_stage_is_no_checkpoint_though_all_its_metadata_are_there(here: Path) -> None:
+    stage = here / "out.orbax-checkpoint-tmp"
+    stage.mkdir()
+    (stage / "_METADATA").write_text('{"tree_metadata": {}}')  # the commit is killed before it renames
+    code, out, err = type_in("inspect", str(stage))
+    assert (code, out) == (ExitCode.INPUT, "")
+    assert err.startswith(f"error: there is no finished checkpoint (1 problem):\n  {stage} is of a conversion that has not finished\n")
+
+
 def test_a_directory_beside_weights_that_is_unfinished_does_not_hide_them(here: Path) -> None:
     type_in("synth", "tiny", "made")
     (here / "made/out.orbax-checkpoint-tmp").mkdir()
