@@ -24,7 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -285,7 +285,7 @@ def cases(work: Path, options: argparse.Namespace, known: dict[Way, Known], pool
         for role in ("commit", "driver"):
             for step_number, step in steps_of(work, way, known[way], role):
                 futures.append(pool.submit(run_step, work, way, known[way], role, step_number, step))
-    for future in futures:
+    for future in as_completed(futures):
         yield from future.result()
 
 
