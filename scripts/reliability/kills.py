@@ -286,7 +286,10 @@ def cases(work: Path, options: argparse.Namespace, known: dict[Way, Known], pool
             for step_number, step in steps_of(work, way, known[way], role):
                 futures.append(pool.submit(run_step, work, way, known[way], role, step_number, step))
     for future in as_completed(futures):
-        yield from future.result()
+        try:
+            yield from future.result()
+        except subprocess.TimeoutExpired as error:
+            yield Result(line=" ".join(map(str, error.cmd)), victim="hung", wrongs=[str(error)])
 
 
 def _stepped(options: argparse.Namespace) -> list[Way]:
@@ -332,7 +335,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except subprocess.TimeoutExpired as error:
-        sys.exit(f"hung: {error}")
+    sys.exit(main())
