@@ -4,6 +4,8 @@
 # make bench  measure the figures of docs/benchmarks.md again; needs 30 GB of disk and a quarter of an hour
 # make mutate seed faults into the algebra and see its tests kill them; four minutes
 # make faults seed faults into conversions and see the checks catch them, and sound ones pass; a quarter of an hour
+# make kills  kill conversions at 220 random moments and at every step of their end, go on, compare; half an hour
+# make soak   a hundred conversions in one process, and what they leave; ten minutes
 # make orbax  the store's tests under every Orbax that is said to work; ten minutes
 # make clean  remove what these leave behind
 #
@@ -19,7 +21,7 @@ PYTEST_ARGS ?=
 PLAIN := .venv/plain-$(notdir $(PYTHON))
 FULL := .venv/$(EXTRAS)-$(notdir $(PYTHON))
 
-.PHONY: demo test lint bench mutate faults orbax clean
+.PHONY: demo test lint bench mutate faults kills soak orbax clean
 
 demo: $(PLAIN)/.ready
 	$(PLAIN)/bin/python -m shardconv.demo build/demo
@@ -40,6 +42,13 @@ mutate: $(FULL)/.ready
 faults: $(FULL)/.ready
 	$(FULL)/bin/python scripts/faults/suite.py
 	$(FULL)/bin/python scripts/faults/suite.py --clean 50
+
+kills: $(FULL)/.ready
+	$(FULL)/bin/python scripts/reliability/kills.py build/kills
+
+soak: $(FULL)/.ready
+	mkdir -p build/tmp
+	TMPDIR=$(CURDIR)/build/tmp PYTHONPATH=$(CURDIR) $(FULL)/bin/python scripts/reliability/soak.py build/soak
 
 orbax:
 	PYTHON=$(PYTHON) sh scripts/test_orbax_versions.sh
