@@ -92,6 +92,7 @@ class Lock:
         with suppress(OSError):  # a disk that takes nothing more; a lock that was left is taken over
             held = self._read()
             if held is not None and held.token == self.owner.token:
+                self._sweep()
                 os.unlink(self.path)
 
     def check(self) -> None:
@@ -101,6 +102,13 @@ class Lock:
             now = "nobody" if held is None else f"pid {held.pid} on {held.host}"
             fact = f"{self.path} was ours (pid {self.owner.pid} on {self.owner.host}) and is now held by {now}"
             raise RunError("another run has taken over this output", [Problem(fact, "let that run finish")])
+
+    def _sweep(self) -> None:
+        """Remove drafts of processes that died while they wrote them; one that is being written is not missed, see `_create`."""
+        directory, name = os.path.split(self.path)
+        for other in os.listdir(directory):
+            if other.startswith(f"{name}.") and other.endswith(".tmp"):
+                _remove(os.path.join(directory, other))
 
     def _create(self, path: str) -> bool:
         draft = f"{path}.{self.owner.token}.tmp"

@@ -153,6 +153,13 @@ def test_an_owner_that_was_robbed_leaves_the_others_lock(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == []
 
 
+def test_drafts_of_processes_that_died_go_with_the_lock(tmp_path: Path) -> None:
+    (tmp_path / "lock.0123456789abcdef.tmp").write_text("{")
+    with Lock(str(tmp_path)):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_beats_keep_a_lock_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shardconv.lock.BEAT", 0.05)
     with Lock(str(tmp_path)):
