@@ -20,12 +20,15 @@ from shardconv.config import RunOptions, load_config
 from shardconv.conversion import run
 from shardconv.errors import CheckError
 from shardconv.models.decoder import weights_of
+from shardconv.models.description import Place
 from shardconv.planning import plan_from_config
 from shardconv.verify.agreement import LogitReport
+from shardconv.verify.fetching import fetch
 from shardconv.verify.logit_request import Bounds, LogitRequest
 from shardconv.verify.logits import check
-from shardconv.verify.restoring import mesh_of, restore
+from shardconv.verify.restoring import describe, mesh_of, restore
 from shardconv.verify.roundings import roundings
+from shardconv.verify.stored import Stored
 from shardconv.verify.walking import Side
 
 
@@ -240,3 +243,13 @@ def test_a_checkpoint_that_says_nothing_of_itself(tmp_path: Path) -> None:
         checkpointer.save(tmp_path / "bare", {"embed": np.ones(3, np.float32)})
     with pytest.raises(CheckError, match="bare does not say how it was made"):
         restore(str(tmp_path / "bare"), jax.devices())
+
+
+def test_a_damaged_checkpoint_is_no_traceback(case: Any, tmp_path: Path) -> None:
+    path = Path(write(plan_of(case("llama").source, "flat"), tmp_path))
+    stored, described = Stored(str(path)), describe(str(path), jax.devices())
+    for file in path.rglob("d/*"):
+        os.truncate(file, 0)
+    with pytest.raises(CheckError) as caught:
+        fetch(stored, described, Place("embed"))
+    assert caught.value.title == "the checkpoint cannot be read back"

@@ -208,6 +208,12 @@ def test_logits_of_both_models(config: Config) -> None:
     assert err.startswith(f"error: {LOGITS_TITLE} (")
     assert "final_norm" in err
 
+    for data in Path(config.output.path).rglob("d/*"):
+        os.truncate(data, 0)
+    code, out, err = type_in("verify", file_of(config), "--check", "logits")
+    assert (code, out) == (ExitCode.CHECK, "check       logits not compared: the checkpoint cannot be read as its layout is\n")
+    assert err.startswith(f"error: {LOGITS_TITLE} (1 problem):\n") and err.endswith(": convert again with --overwrite\n")
+
 
 @pytest.mark.skipif(find_spec("torch") is not None, reason="torch is here")
 def test_logits_need_torch(config: Config) -> None:

@@ -216,7 +216,7 @@ FAULTS: Mapping[str, Fault] = {
     "heads in another order": Fault("writer", edit=("layers.attn.q", permute_heads)),
     "truncated rows": Fault("writer", edit=("embed", cut_off_rows)),
     "a zero block": Fault("writer", edit=("layers.mlp.gate", zero_a_block)),
-    "padding that is not zero": Fault("writer", Conversion(vocab=70), edit=("embed", fill_padding)),
+    "padding that is not zero": Fault("writer", Conversion(vocab=64), edit=("embed", fill_padding)),
     "rounded through float8": Fault("writer", edit=("layers.mlp.gate", through_float8)),
     # data
     "one flipped bit": Fault("data", BF16, edit=("layers.mlp.gate", flip_a_bit)),

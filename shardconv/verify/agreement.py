@@ -152,7 +152,8 @@ def compare(pairs: Iterable[tuple[Measured, Logits]], bounds: Bounds, seed: int 
         if found.shape[-1] < columns:
             fact = f"{found.shape[-1]} logits a token, and the PyTorch model has {columns}"
             raise CheckError("the checkpoint has too small a vocabulary", [Problem(fact)])
-        seen.append(_seen(number, found[:, :columns], sequence, seed))
+        with np.errstate(invalid="ignore", over="ignore"):  # a faulty checkpoint gives NaN and infinities, which are judged as such
+            seen.append(_seen(number, found[:, :columns], sequence, seed))
     if not seen:
         raise ConfigError("comparing logits needs sequences", [Problem("there are none")])
     return _report(seen, bounds)

@@ -170,7 +170,8 @@ def odd(array: Array) -> Odd:
     """How many values are NaN and how many are infinite; integers have neither."""
     if not is_float(array.dtype.name) or not _may_be_odd(array):
         return Odd()
-    return Odd(int(np.isnan(array).sum()), int(np.isinf(array).sum()))
+    with np.errstate(invalid="ignore"):  # ml_dtypes warns of the signalling NaN that it is asked for
+        return Odd(int(np.isnan(array).sum()), int(np.isinf(array).sum()))
 
 
 # The bits of an exponent that is all ones, by dtype: only such values can be NaN or infinite.

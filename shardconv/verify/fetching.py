@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardconv.models.decoder import Weights
 from shardconv.models.description import Place, Reading
-from shardconv.verify.restoring import Described
+from shardconv.verify.restoring import Described, readable
 from shardconv.verify.stored import Box, Stored
 
 Array = npt.NDArray[Any]
@@ -46,10 +46,11 @@ def fetch(stored: Stored, described: Described, place: Place) -> jax.Array:
 
 
 def _read(stored: Stored, place: Place, box: Box) -> Array:
-    if place.index is None:
-        return np.array(stored.read(place.leaf, box))
-    whole = (*box[: place.axis], (place.index, place.index + 1), *box[place.axis :])
-    return np.array(stored.read(place.leaf, whole)).squeeze(place.axis)
+    with readable(stored.folder):
+        if place.index is None:
+            return np.array(stored.read(place.leaf, box))
+        whole = (*box[: place.axis], (place.index, place.index + 1), *box[place.axis :])
+        return np.array(stored.read(place.leaf, whole)).squeeze(place.axis)
 
 
 def _without(leaf: jax.ShapeDtypeStruct, axis: int) -> NamedSharding:

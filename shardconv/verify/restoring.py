@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardconv.errors import CheckError, Problem
+from shardconv.verify.stored import LOST
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,23 @@ def describe(path: str, devices: Sequence[jax.Device]) -> Described:
 
 
 def restore(path: str, devices: Sequence[jax.Device]) -> Restored:
-    """Restores the tree at `path` onto devices; raises CheckError as `describe` does."""
+    """Restores the tree at `path` onto devices; raises CheckError as `describe` does, and where an array cannot be read."""
     described = describe(path, devices)
     tree = _nested(described.leaves)
     arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with ocp.PyTreeCheckpointer() as checkpointer, readable(described.path):
         leaves = dict(_named(checkpointer.restore(described.path, args=arguments)))
     return Restored(leaves, described.mesh, described.metadata)
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """What Orbax and TensorStore raise over a file that is missing, cut off or damaged, as a CheckError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        said = str(error).splitlines()[0]
+        raise CheckError("the checkpoint cannot be read back", [Problem(f"{path}: {said}", LOST)]) from None
 
 
 def mesh_of(axes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:

@@ -29,6 +29,9 @@ LEAN = {
     "file_io_mode": {"mode": "memmap"},
 }
 
+# What to do about an array that cannot be read.
+LOST = "the file is damaged or incomplete: convert again with --overwrite"
+
 
 @dataclass(frozen=True, slots=True)
 class StoredLeaf:
@@ -104,5 +107,5 @@ class Stored:
                 self._open[name] = ts.open(spec, open=True, read=True, context=self._context).result()
             except ValueError as error:
                 fact = f"{name}: {str(error).splitlines()[0]}"
-                raise CheckError("the checkpoint cannot be read back", [Problem(fact)]) from None
+                raise CheckError("the checkpoint cannot be read back", [Problem(fact, LOST)]) from None
         return self._open[name]

@@ -42,7 +42,6 @@ TASK_BYTES, TASK_BOXES = 128 << 20, 256
 TELL = 0.5  # seconds between two words on how far it is, as heartbeats have them
 # Beginnings of causes that leaves of different names may share.
 COMMON = ("the factor", "the summand", "RoPE order", "rounded through", "cut off")
-LOST = "the file is damaged or incomplete: convert again with --overwrite"
 # Causes that are looked for: of more leaves than these no user reads.
 DOUBTS = 16
 
