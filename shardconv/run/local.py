@@ -52,13 +52,13 @@ class _Pool:
         self._queue = deque(units)
         self._failures = failures
         self._pulse = Pulse(self._workers, patience)
-        self._idle: list[Child] = []
+        self._idle: deque[Child] = deque()
         self._busy: dict[Child, tuple[int, float]] = {}
         self._born = 0
 
     def run(self) -> Iterator[Event]:
         try:
-            self._idle = [self._child() for _ in range(self._count)]
+            self._idle.extend(self._child() for _ in range(self._count))
             yield Ready(self._count, f"{self._count} process{'' if self._count == 1 else 'es'}")
             while self._queue or self._busy:
                 self._hand_out()
@@ -75,7 +75,7 @@ class _Pool:
 
     def _hand_out(self) -> None:
         while self._queue and self._idle:
-            child, unit = self._idle.pop(), self._queue.popleft()
+            child, unit = self._idle.popleft(), self._queue.popleft()  # who waits longest is warm; one just started may be slow to come
             self._busy[child] = (unit, time.monotonic())
             child.send(self._work, self._state, unit)
 
