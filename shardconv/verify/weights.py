@@ -28,7 +28,7 @@ from shardconv.verify.pool import Workers, at_work
 from shardconv.verify.request import Request
 from shardconv.verify.sampling import boxes
 from shardconv.verify.statement import Reference
-from shardconv.verify.stored import METADATA, Stored, StoredLeaf
+from shardconv.verify.stored import LOST, METADATA, Stored, StoredLeaf
 from shardconv.verify.tensors import Tensors, numpy_dtype
 from shardconv.verify.verdict import Verdict
 
