@@ -53,6 +53,7 @@ MODELS: Mapping[str, Config] = {
     "linear rope": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "window": {**LLAMA, "model_type": "mistral", "sliding_window": 9},
     "window from layer 1": {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "window from layer 0": {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
     "head norms": {**LLAMA, "model_type": "qwen3", "attention_bias": True},
     "experts": {**LLAMA, "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2},
     "experts, weights not normalised": {

@@ -194,6 +194,7 @@ def ends(model: Architecture, tensors: Mapping[str, Any], *, head: bool) -> Ends
     import torch
 
     config = _of_layers(model, [])
+    _per_layer(config, model, [0])  # when it is made, a model decides which masks it will need
     loaded, said = _loaded(model, config, dict(tensors))
     problems = misfits(model.path, said)
     if head and loaded.get_output_embeddings().weight is not loaded.get_input_embeddings().weight:
@@ -201,7 +202,6 @@ def ends(model: Architecture, tensors: Mapping[str, Any], *, head: bool) -> Ends
     layers = _layers(loaded, 0)
     layers.append(_standin())
     loaded.config.num_hidden_layers = 1
-    _per_layer(loaded.config, model, [0])
     return Ends(loaded, layers, problems)
 
 
