@@ -9,6 +9,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import xxhash
@@ -29,6 +30,8 @@ CHECKSUM = "xxh3_64 over the 8-byte big-endian xxh3_64 digests of its chunks, C 
 def finish(state: str) -> Sealed | Failed:
     """Commit what the ledger in `state` says is finished; what goes wrong comes back as a value."""
     started = time.perf_counter()
+    with suppress(PermissionError):  # it was started in the background of the units; now all wait for it
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
     try:
         ledger = Ledger(state)
         job, plan, records = load_job(ledger), load_plan(ledger), ledger.finished()
