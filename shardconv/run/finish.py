@@ -30,8 +30,8 @@ CHECKSUM = "xxh3_64 over the 8-byte big-endian xxh3_64 digests of its chunks, C 
 def finish(state: str) -> Sealed | Failed:
     """Commit what the ledger in `state` says is finished; what goes wrong comes back as a value."""
     started = time.perf_counter()
-    with suppress(PermissionError):  # it was started in the background of the units; now all wait for it
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    with suppress(OSError):  # it was started in the background of the units; now the driver waits for it, and has its own niceness to give
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, os.getppid()))
     try:
         ledger = Ledger(state)
         job, plan, records = load_job(ledger), load_plan(ledger), ledger.finished()
