@@ -7,6 +7,7 @@
 # make kills  kill conversions at 220 random moments and at every step of their end, go on, compare; half an hour
 # make soak   a hundred conversions in one process, and what they leave; ten minutes
 # make orbax  the store's tests under every Orbax that is said to work; ten minutes
+# make fuzz   feed the readers of headers, indexes, PyTorch files and addresses half an hour of mutated files each; two hours
 # make clean  remove what these leave behind
 #
 # Each sets up what it needs under .venv, once, and again when pyproject.toml changes.
@@ -20,8 +21,9 @@ PYTEST_ARGS ?=
 
 PLAIN := .venv/plain-$(notdir $(PYTHON))
 FULL := .venv/$(EXTRAS)-$(notdir $(PYTHON))
+FUZZ := .venv/fuzz-$(notdir $(PYTHON))
 
-.PHONY: demo test lint bench mutate faults kills soak orbax clean
+.PHONY: demo test lint bench mutate faults kills soak orbax fuzz clean
 
 demo: $(PLAIN)/.ready
 	$(PLAIN)/bin/python -m shardconv.demo build/demo
@@ -53,6 +55,9 @@ soak: $(FULL)/.ready
 orbax:
 	PYTHON=$(PYTHON) sh scripts/test_orbax_versions.sh
 
+fuzz: $(FUZZ)/.ready
+	for target in safetensors index pickle address; do $(FUZZ)/bin/python scripts/fuzz/run.py $$target || exit 1; done
+
 clean:
 	rm -rf .venv build shardconv.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -66,6 +71,9 @@ endef
 
 $(PLAIN)/.ready: pyproject.toml
 	$(call install,$(PLAIN),.)
+
+$(FUZZ)/.ready: pyproject.toml
+	$(call install,$(FUZZ),.[fuzz])
 
 $(FULL)/.ready: pyproject.toml
 	$(call install,$(FULL),.[$(EXTRAS)])

@@ -34,7 +34,7 @@ def parse_size(text: str) -> int:
     >>> parse_size("2GiB"), parse_size("500MB"), parse_size("1.5 KiB")
     (2147483648, 500000000, 1536)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", text)
     unit = UNITS.get(match[2].upper() or "B") if match else None
     if match is None or unit is None:
         raise ValueError('a number and a unit: "512MiB", "2GiB", "500MB"')

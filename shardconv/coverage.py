@@ -5,11 +5,12 @@ ignored is told too, in a note, so that no rule hides a tensor.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
-from shardconv.axes import Address
+from shardconv.axes import DECIMAL, Address
 from shardconv.errors import InputError, Problem
 from shardconv.family import Family, Model, Param
 from shardconv.formats import StoredTensor
@@ -17,6 +18,8 @@ from shardconv.formats import StoredTensor
 TIED = "unembed"
 # So many layers that no model needs are not told as rules to ignore them: it is the wrong config.json.
 FEW = 4
+# Names that are listed to be looked for: no model has so many tensors of one kind, and config.json may say 10^12 layers.
+MOST = 1_000_000
 ANOTHER = "use the config.json that belongs to this checkpoint"
 
 
@@ -47,6 +50,9 @@ def require_covered(
             expected.add(param.key)
             continue
         address = param.address(model.axes)
+        if math.prod(address.named.values()) > MOST:
+            problems.append(_too_many(param, address, model))
+            continue
         keys = [key for key, _ in address.keys()]
         expected.update(keys)
         problems += _missing(param, [key for key in keys if key not in stored], len(keys), model)
@@ -61,6 +67,11 @@ def require_covered(
     if problems:
         raise InputError(f"the {model.family.name} family does not describe this checkpoint", problems)
     return tuple(f"{_counted(rule, keys)} ignored" for rule, keys in rest.items())
+
+
+def _too_many(param: Param, address: Address, model: Model) -> Problem:
+    fact = f"{param.key} would be {math.prod(address.named.values())} tensors, over {MOST}"
+    return Problem(fact, f"config.json gives {_sizes(address.named, model)}; {ANOTHER}")
 
 
 def _counted(name: str, keys: Sequence[str]) -> str:
@@ -113,7 +124,7 @@ def _beyond(keys: Iterable[str], model: Model) -> dict[str, int]:
     for key in keys:
         for start in starts:
             number = key.removeprefix(start).partition(".")[0]
-            if key.startswith(start) and number.isdecimal() and int(number) >= model.axes["layers"]:
+            if key.startswith(start) and re.fullmatch(DECIMAL, number) and int(number) >= model.axes["layers"]:
                 found[key] = int(number)
     return found
 

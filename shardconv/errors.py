@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
 
+# Characters of a line of a message: a dozen lines of a terminal. What is longer is a file's own text, such as a name of a megabyte.
+LINE = 2000
+
 
 class ExitCode(IntEnum):
     """What the process exits with; stable."""
@@ -47,14 +50,24 @@ class ShardconvError(Exception):
 
     def __str__(self) -> str:
         if not self.problems:
-            return self.title
+            return _safe(self.title)
         count = len(self.problems)
         lines = [f"{self.title} ({count} problem{'s' if count > 1 else ''}):"]
         for problem in self.problems:
             lines.append("  " + problem.fact.replace("\n", "\n  "))
             if problem.remedy:
                 lines.append("      " + problem.remedy.replace("\n", "\n      "))
-        return "\n".join(lines)
+        return _safe("\n".join(lines))
+
+
+def _safe(text: str) -> str:
+    """A message as a terminal can be given it, since it has other people's words in it.
+
+    >>> _safe("a" + chr(27) + "[2J" + chr(10) + "b")
+    'a\\\\x1b[2J\\nb'
+    """
+    lines = (line if len(line) <= LINE else line[:LINE] + "..." for line in text.split("\n"))
+    return "\n".join(line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
 
 
 class ConfigError(ShardconvError):

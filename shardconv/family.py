@@ -188,6 +188,8 @@ def whole_number(config: HFConfig, entry: str) -> int:
         raise ValueError(f'there is no "{entry}"')
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f'"{entry}" is {json.dumps(value)}, not a positive whole number')
+    if value >= 2**63:  # sizes are 64-bit where they are used, and larger ones are no floats either
+        raise ValueError(f'"{entry}" is over 2^63')
     return value
 
 

@@ -73,12 +73,20 @@ def _source(path: str, prefix: str, unfinished: Sequence[str]) -> Source:
 def _unfinished(path: str) -> tuple[str, ...]:
     """What is left of a conversion into `path`, or into a step of it, that has not ended."""
     whole = os.path.abspath(path)
-    inside = sorted(entry.path for entry in os.scandir(whole) if entry.name.endswith(STAGE_SUFFIX)) if os.path.isdir(whole) else []
+    inside = [os.path.join(whole, name) for name in _names(whole) if name.endswith(STAGE_SUFFIX)]
     left = [*inside, whole + STAGE_SUFFIX, *([whole] if whole.endswith(STAGE_SUFFIX) else [])]
     found = [stage for stage in left if os.path.isdir(stage)]
     if not found and not os.path.exists(whole) and os.path.isdir(state_path(whole)):
         found = [state_path(whole)]
     return tuple(f"{stage} is of a conversion that has not finished" for stage in found)
+
+
+def _names(path: str) -> list[str]:
+    """What is in a directory; nothing where it cannot be listed, which who opens it says."""
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
 
 
 def _no_match(match: str) -> str:
@@ -88,7 +96,7 @@ def _no_match(match: str) -> str:
 
 def _natural(entry: Entry) -> list[tuple[int, str]]:
     """Layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", entry.name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,18})", entry.name)]
 
 
 def _stored(root: str, folder: str) -> Iterator[Entry]:

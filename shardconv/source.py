@@ -28,8 +28,8 @@ from shardconv.formats import SourceFile as SourceFile
 from shardconv.formats import StoredTensor as StoredTensor
 from shardconv.formats.index import listed, missing_files, parse_index, reconcile
 from shardconv.formats.pytorch import read_torch
-from shardconv.formats.safetensors import read_header
-from shardconv.formats.strict_json import read_object
+from shardconv.formats.safetensors import HEADER_LIMIT, read_header
+from shardconv.formats.strict_json import AGAIN, read_object
 
 CONFIG = "config.json"
 # Headers in flight: enough to hide a network disk's latency of tens of milliseconds over 163 files. Parsing itself
@@ -37,7 +37,7 @@ CONFIG = "config.json"
 _THREADS = 8
 # What a `num_hidden_layers` in config.json may stand under, for models with a vision tower.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-_LAYER = re.compile(r"(?:model\.|language_model\.)*layers\.([0-9]+)\.")
+_LAYER = re.compile(r"(?:model\.|language_model\.)*layers\.([0-9]{1,18})\.")
 # What trainers leave beside the weights, in PyTorch's format too.
 _NO_WEIGHTS = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states)[^/]*")
 
@@ -255,9 +255,13 @@ def _read(root: str, name: str) -> bytes:
     _require_file(root, name)
     try:
         with open(os.path.join(root, name), "rb") as file:
-            return file.read()
+            raw = file.read(HEADER_LIMIT + 1)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise _stop(f"{name} cannot be read: {error.strerror}", "check that it is a file that you may read") from error
+    if len(raw) > HEADER_LIMIT:
+        raise _stop(f"{name} has {size} bytes, over {HEADER_LIMIT}", AGAIN)
+    return raw
 
 
 def _config(root: str, present: list[str], problems: list[Problem]) -> Mapping[str, object] | None:

@@ -14,13 +14,19 @@ from pathlib import Path
 
 from shardconv.errors import ConfigError, Problem
 
+# Bytes of a config; those that are written have 5,000.
+LIMIT = 10_000_000
 KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a float", list: "an array", dict: "a table"}
 
 
 def read_toml(path: str) -> dict[str, object]:
     """The tables of a TOML file; raises ConfigError when there is no such file or it is not TOML."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            raw = file.read(LIMIT + 1)
+        if len(raw) > LIMIT:
+            raise ConfigError("cannot read the config", [Problem(f"{path} has over {LIMIT} bytes", "give a config")])
+        text = raw.decode().replace("\r\n", "\n")
         return tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError("cannot read the config", [Problem(f"{path}: no such file", _neighbour(path))]) from None
@@ -31,6 +37,10 @@ def read_toml(path: str) -> dict[str, object]:
         raise ConfigError("cannot read the config", [problem]) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError("cannot read the config", [_syntax_problem(path, text, str(error))]) from None
+    except RecursionError:
+        raise ConfigError("cannot read the config", [Problem(f"{path} is nested too deep")]) from None
+    except ValueError as error:  # of Python's own limits: the digits of an integer, a NUL in a path
+        raise ConfigError("cannot read the config", [Problem(f"{path}: {error}")]) from None
 
 
 def _neighbour(path: str) -> str:

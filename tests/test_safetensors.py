@@ -317,7 +317,7 @@ ACCEPTED = {
     ),
     "metadata": raw_file({"__metadata__": {"format": "pt"}, "a": F32}, bytes(8)),
     "metadata null": raw_file({"__metadata__": None, "a": F32}, bytes(8)),
-    "names beyond ASCII": raw_file({"\u00e9\U0001f600": F32, "a\nb": entry("F32", [0], 0, 0)}, bytes(8)),
+    "names beyond ASCII": raw_file({"\u00e9\U0001f600": F32, "a b": entry("F32", [0], 0, 0)}, bytes(8)),
     "four bits, rows of half bytes": raw_file({"a": entry("F4", [2, 3], 0, 3)}, bytes(3)),
 }
 

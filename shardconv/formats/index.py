@@ -12,13 +12,14 @@ and readers that take whatever they find load wrong weights without a word, so e
 Names come from somebody else: a file name in an index may only be a plain name in the same directory.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from shardconv.errors import InputError, Problem
 from shardconv.formats import FileHeader, StoredTensor
-from shardconv.formats.strict_json import AGAIN, read_object
+from shardconv.formats.strict_json import AGAIN, few, read_object, unprintable
 
 # Names after which a list in a message says "and N more": a line or two of a terminal.
 _NAMES_SHOWN = 5
@@ -54,21 +55,22 @@ def parse_index(name: str, raw: bytes) -> Index:
         raise InputError(f"{name} cannot be read", [Problem(f"{name} has no weight_map from tensors to files", AGAIN)])
     files = tuple(sorted(set(weight_map.values())))
     problems = list(_file_name_problems(name, files))
-    if "" in weight_map:
-        problems.append(Problem(f"{name}: a tensor's name is empty", AGAIN))
+    problems += [Problem(f"{name}: {unprintable(key)}", AGAIN) for key in weight_map if not key or not key.isprintable()]
     if problems:
-        raise InputError(f"{name} cannot be read", problems)
+        raise InputError(f"{name} cannot be read", few(name, problems))
     metadata = metadata if isinstance(metadata, dict) else {}
     total = metadata.get("total_size")
     # writers that drop one of two shared tensors say so here when there are several files, else in the file's header
     aliases = {k: v for k, v in metadata.items() if isinstance(v, str) and v in weight_map and k not in weight_map}
+    if isinstance(total, float) and not math.isfinite(total):  # 1e999 is JSON
+        total = None
     return Index(name, files, weight_map, int(total) if isinstance(total, int | float) else None, aliases)
 
 
 def _file_name_problems(name: str, files: Iterable[str]) -> Iterator[Problem]:
     suffix = os.path.splitext(name.removesuffix(".index.json"))[1]
     for file in files:
-        if not file or file in (".", "..") or "/" in file or "\\" in file or "\0" in file:
+        if not file or file in (".", "..") or "/" in file or "\\" in file or not file.isprintable():
             fact = f"{name} maps tensors to {file!r}, which is not the name of a file in the same directory"
             yield Problem(fact, "an index may only name files beside it; do not trust this one")
         elif not file.endswith(suffix):
@@ -81,7 +83,7 @@ def missing_files(index: Index, present: Iterable[str]) -> list[Problem]:
     missing = sorted(set(index.files) - set(present))
     if not missing:
         return []
-    fact = f"{len(missing)} of the {len(index.files)} files that {index.name} names are missing: {', '.join(missing)}"
+    fact = f"{len(missing)} of the {len(index.files)} files that {index.name} names are missing: {listed(missing)}"
     return [Problem(fact, "download them; a file may still be on its way")]
 
 

@@ -23,8 +23,8 @@ from shardconv.errors import InputError, Problem
 from shardconv.formats import FileHeader, SourceFile, StoredTensor
 from shardconv.formats.index import listed
 from shardconv.formats.pickled import PickledTensor
-from shardconv.formats.safetensors import LFS_POINTER, PROBLEMS_SHOWN, SIZE_LIMIT
-from shardconv.formats.strict_json import AGAIN
+from shardconv.formats.safetensors import LFS_POINTER, SIZE_LIMIT
+from shardconv.formats.strict_json import AGAIN, few
 from shardconv.formats.unpickling import unpickle
 from shardconv.formats.zip_directory import Directory, Member, data_offset, read_directory
 
@@ -251,11 +251,8 @@ def _tensors(archive: _Archive, state: Mapping[str, PickledTensor]) -> dict[str,
             problems.append(stored)
         else:
             found[name] = stored
-    if len(problems) > PROBLEMS_SHOWN:
-        more = len(problems) - PROBLEMS_SHOWN
-        problems = [*problems[:PROBLEMS_SHOWN], Problem(f"{archive.file}: {more} more problems like these")]
     if problems:
-        raise InputError(f"{archive.file} cannot be read", problems)
+        raise InputError(f"{archive.file} cannot be read", few(archive.file, problems))
     return found
 
 

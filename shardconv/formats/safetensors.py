@@ -7,7 +7,8 @@ unknown fields are free.
 
 This is a reader of its own since the library's cannot give fp8 to NumPy, names no file and no numbers in its errors,
 and stops at the first. It rejects what safetensors 0.8.0 rejects, and what that lets pass and nobody can use: a key
-that stands twice, a tensor without a name, half a surrogate pair, a shape that overflows next to a zero. One `stat`
+that stands twice, a tensor without a name or with one that no terminal can be given, half a surrogate pair, a shape
+that overflows next to a zero or has over 64 dims. One `stat`
 against the last byte that the header declares finds every partial download before any work.
 
 Names that safetensors' `save_model` left out, since two parameters share their memory, stand in `__metadata__` as
@@ -25,7 +26,7 @@ from typing import Any, BinaryIO
 from shardconv.dtypes import DTYPES, DType
 from shardconv.errors import InputError, Problem
 from shardconv.formats import FileHeader, SourceFile, StoredTensor
-from shardconv.formats.strict_json import AGAIN, read_object
+from shardconv.formats.strict_json import AGAIN, few, read_object, unprintable
 
 METADATA = "__metadata__"
 # The bound that the format's own library sets, so that a damaged length cannot make a reader allocate. 92k tensors take
@@ -33,8 +34,8 @@ METADATA = "__metadata__"
 HEADER_LIMIT = 100_000_000
 # Sizes and offsets are 64-bit where they are used, and NumPy's are signed.
 SIZE_LIMIT = 2**63
-# A damaged file breaks hundreds of tensors in the same way; the first few tell it.
-PROBLEMS_SHOWN = 8
+# A header has room for a shape of millions of sizes, and their product would take hours.
+DIMS = 64
 # What a clone without large files leaves in their place, a few lines of text.
 LFS_POINTER = b"version https://git-lfs"
 
@@ -99,8 +100,8 @@ def parse_header(name: str, size: int, raw: bytes) -> tuple[dict[str, StoredTens
 def _stored(file: str, start: int, name: str, info: Any) -> StoredTensor | Problem:
     """The tensor that a header entry describes, in a file whose data begins at byte `start`; or what is wrong."""
     who = f"{file}: tensor {name}"
-    if not name:
-        return Problem(f"{file}: a tensor's name is empty", _REWRITE)
+    if not name or not name.isprintable():
+        return Problem(f"{file}: {unprintable(name)}", _REWRITE)
     if not isinstance(info, dict):
         return Problem(f"{who} is {_shown(info)} in the header, not an object", AGAIN)
     missing = [field for field in _FIELDS if field not in info]
@@ -114,6 +115,8 @@ def _stored(file: str, start: int, name: str, info: Any) -> StoredTensor | Probl
         return Problem(f"{who} has shape {_shown(shape)}; a shape is a list of integers from 0 up", AGAIN)
     if not _sizes(offsets) or len(offsets) != 2:
         return Problem(f"{who} has data_offsets {_shown(offsets)}; they are two integers from 0 up", AGAIN)
+    if len(shape) > DIMS:
+        return Problem(f"{who} has {len(shape)} dims; NumPy has at most {DIMS}", _REWRITE)
     begin, end = offsets
     if end < begin:
         return Problem(f"{who} has data_offsets {offsets}, which end before they begin", AGAIN)
@@ -189,7 +192,4 @@ def _truncated(file: str, what: str, end: int, size: int) -> Problem:
 
 
 def _damaged(file: str, problems: list[Problem]) -> InputError:
-    if len(problems) > PROBLEMS_SHOWN:
-        more = len(problems) - PROBLEMS_SHOWN
-        problems = [*problems[:PROBLEMS_SHOWN], Problem(f"{file}: {more} more problems like these")]
-    return InputError(f"{file} cannot be read", problems)
+    return InputError(f"{file} cannot be read", few(file, problems))

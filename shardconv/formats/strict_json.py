@@ -7,11 +7,14 @@ file.
 """
 
 import json
+from collections import Counter
 from typing import Any, NoReturn
 
 from shardconv.errors import InputError, Problem
 
 AGAIN = "download this file again"
+# The first few tell it.
+PROBLEMS_SHOWN = 8
 
 
 def read_object(raw: bytes, *, what: str, at: int) -> dict[str, Any]:
@@ -31,8 +34,7 @@ def read_object(raw: bytes, *, what: str, at: int) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice.extend(key for key in found if keys.count(key) > 1)
+            twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         return found
 
     try:
@@ -44,12 +46,30 @@ def read_object(raw: bytes, *, what: str, at: int) -> dict[str, Any]:
     except ValueError as error:
         _reject(what, f"is not JSON: {error}")
     if twice:
-        raise InputError(f"{what} cannot be used", [Problem(f"{what} has the key {key} twice", AGAIN) for key in twice])
+        raise InputError(f"{what} cannot be used", few(what, [Problem(f"{what} has the key {key} twice", AGAIN) for key in twice]))
     if not isinstance(value, dict):
         _reject(what, "is JSON, but not an object")
     if "\\u" in text and not _encodes(value):
         _reject(what, "has half of a surrogate pair in a string")
     return value
+
+
+def unprintable(name: str) -> str:
+    """What is wrong with a name that is empty, or would be written to a terminal and could clear it or pass for another.
+
+    >>> unprintable("w" + chr(27) + "[2J")
+    "the name 'w\\\\x1b[2J' is not printable text"
+    """
+    if not name:
+        return "a tensor's name is empty"
+    short = name if len(name) <= 120 else name[:117] + "..."
+    return f"the name {short!a} is not printable text"
+
+
+def few(file: str, problems: list[Problem]) -> list[Problem]:
+    """The first few of a file's problems, and how many more there are: a damaged file breaks hundreds of tensors in the same way."""
+    more = len(problems) - PROBLEMS_SHOWN
+    return problems if more <= 0 else [*problems[:PROBLEMS_SHOWN], Problem(f"{file}: {more} more problems like these")]
 
 
 def _reject(what: str, fact: str) -> NoReturn:
