@@ -58,7 +58,7 @@ def refusal(*arguments: str) -> tuple[int, str]:
         traceback.print_exception(done.exception)
     assert done.exception is None or isinstance(done.exception, SystemExit)
     assert done.exit_code
-    assert done.stdout == ""
+    assert done.stdout == "" or (arguments[0] == "verify" and done.exit_code == ExitCode.CHECK)  # a verdict is an answer
     assert "Traceback" not in done.stderr
     assert all(line.isprintable() for line in done.stderr.split("\n"))
     assert len(done.stderr) < MESSAGE
@@ -115,6 +115,25 @@ def test_an_orbax_checkpoint_is_refused(name: str, here: Path) -> None:
     assert (code, message[:7]) == (ExitCode.INPUT, "error: ")
     assert [word for word in damage.said if word not in message] == [], message
     assert tree(here) == before
+
+
+@pytest.mark.parametrize("name", [name for name, damage in ORBAX.items() if damage.store == "files" and name != "not committed"])
+def test_a_damaged_checkpoint_fails_its_check(name: str, here: Path) -> None:
+    orbax(here / "out", "files")
+    ORBAX[name].make(here / "out")
+    before = tree(here)
+    code, message = refusal("verify", "c.toml")
+    assert (code, message[:7]) == (ExitCode.CHECK, "error: ")
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize("custom", [["x"], "x", 7, {"shardconv": [1]}])
+def test_metadata_of_another_kind_is_no_checkpoint(custom: object, here: Path) -> None:
+    orbax(here / "out", "files")
+    found = json.loads((here / "out/_METADATA").read_text())
+    (here / "out/_METADATA").write_text(json.dumps(found | {"custom_metadata": custom}))
+    code, message = refusal("verify", "c.toml")
+    assert (code, "_METADATA: TypeError: its custom_metadata is no object" in message) == (ExitCode.CHECK, True), message
 
 
 # configs

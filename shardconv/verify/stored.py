@@ -19,6 +19,7 @@ from shardconv.errors import CheckError, Problem
 
 Array = npt.NDArray[Any]
 Box = tuple[tuple[int, int], ...]
+LIMIT = 100_000_000  # bytes of metadata: ten times what a tree of 100k arrays has
 METADATA = "_METADATA"  # of a pytree: its names, its options, and what its writer keeps with it
 # Nothing is cached, and a worker has one core: more threads would each hold a chunk. Files are mapped: to read a chunk into memory of its
 # own takes the kernel 1.3 s per GB, for pages that it zeroes first, and the copy out of the map 0.2 s.
@@ -48,12 +49,18 @@ class Stored:
     def __init__(self, folder: str) -> None:
         self.folder = os.path.abspath(folder)
         try:
-            with open(os.path.join(self.folder, METADATA), encoding="utf-8") as file:
-                self._metadata = json.load(file)
+            with open(os.path.join(self.folder, METADATA), "rb") as file:
+                raw = file.read(LIMIT + 1)
+            if len(raw) > LIMIT:
+                raise ValueError(f"{METADATA} has over {LIMIT} bytes")
+            self._metadata = json.loads(raw)
             self.names = [".".join(str(step["key"]) for step in leaf["key_metadata"]) for leaf in self._metadata["tree_metadata"].values()]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckError(f"{self.folder} cannot be read as a checkpoint", [Problem(f"{type(error).__name__}: {error}")]) from None
-        self.custom: dict[str, Any] = self._metadata.get("custom_metadata") or {}
+            self.custom: dict[str, Any] = self._metadata.get("custom_metadata") or {}
+            if not isinstance(self.custom, dict) or not isinstance(self.custom.get("shardconv") or {}, dict):
+                raise TypeError("its custom_metadata is no object")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            fact = f"{METADATA}: {type(error).__name__}: {error}"
+            raise CheckError(f"{self.folder} cannot be read as a checkpoint", [Problem(fact)]) from None
         self._context = ts.Context(LEAN)
         self._open: dict[str, ts.TensorStore] = {}
         self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
