@@ -2,8 +2,8 @@
 
 import random
 
-from pipeline import Conversion
 from logit_cases import FAMILIES
+from pipeline import Conversion
 
 from shardconv.sharding import MeshRules
 

@@ -53,7 +53,7 @@ def sums(seed: int) -> contextlib.AbstractContextManager[Any]:
 def halves() -> contextlib.AbstractContextManager[Any]:
     """All contractions of bfloat16 values, added in float32 and rounded to bfloat16, as accelerators do it.
 
-    A CPU without instructions for it takes several times as long over its own bfloat16 products (7 s of CPU a block against 1.5 s, at 4096).
+    A CPU without instructions for it takes far longer over its own bfloat16 products (7 s of CPU a block against 1.5 s, at 4096).
     """
     import torch
 
