@@ -1,5 +1,6 @@
 # make demo   convert a checkpoint of about 1 GB, made on the spot
 # make test   lint, types and tests
+# make slow   the tests that `make test` leaves out: more cases of the same kinds; twenty minutes
 # make lint   lint and types only
 # make bench  measure the figures of docs/benchmarks.md again; needs 30 GB of disk and a quarter of an hour
 # make mutate seed faults into the algebra and see its tests kill them; four minutes
@@ -23,13 +24,16 @@ PLAIN := .venv/plain-$(notdir $(PYTHON))
 FULL := .venv/$(EXTRAS)-$(notdir $(PYTHON))
 FUZZ := .venv/fuzz-$(notdir $(PYTHON))
 
-.PHONY: demo test lint bench mutate faults kills soak orbax fuzz clean
+.PHONY: demo test slow lint bench mutate faults kills soak orbax fuzz clean
 
 demo: $(PLAIN)/.ready
 	$(PLAIN)/bin/python -m shardconv.demo build/demo
 
 test: lint
 	$(FULL)/bin/python -m pytest $(PYTEST_ARGS)
+
+slow: $(FULL)/.ready
+	$(FULL)/bin/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(FULL)/.ready
 	$(FULL)/bin/ruff check .
