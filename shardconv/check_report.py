@@ -44,11 +44,11 @@ def check_lines(found: Json) -> Iterator[tuple[str, str]]:
 def logit_summary(found: Json) -> str:
     """A line about the logits.
 
-    >>> logit_summary({"equal": False, "problems": [1]})
-    'logits not compared: the checkpoint cannot be read as its layout is'
+    >>> logit_summary({"equal": False, "problems": [1], "title": "the checkpoint cannot be read back"})
+    'logits not compared: the checkpoint cannot be read back'
     """
     if "differences" not in found:
-        return "logits not compared: the checkpoint cannot be read as its layout is"
+        return f"logits not compared: {found['title']}"
     judged, bounds = found["differences"]["judged"], found["bounds"]
     sequences = len(found["sequences"])
     where = f"{judged['positions']} positions of {sequences} sequence{'' if sequences == 1 else 's'}"

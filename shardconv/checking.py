@@ -53,22 +53,22 @@ def verify(config: Config) -> Json:
     plan = plan_from_config(config, compare_ends=True)
     require(config, plan)
     address = os.environ.get("RAY_ADDRESS") or config.workers.address  # as it is for a run
-    with _shown_on_a_terminal() as progress:
-        return _verdict(config, plan, folder, address, progress, weights=checked, enter=lambda _: None)
+    with _shown_on_a_terminal() as (progress, enter):
+        return _verdict(config, plan, folder, address, progress, weights=checked, enter=enter)
 
 
 @contextmanager
-def _shown_on_a_terminal() -> Iterator[str]:
-    """A live view of the check, and the directory in which it looks; "" and nothing where there is no terminal."""
+def _shown_on_a_terminal() -> Iterator[tuple[str, Callable[[str], None]]]:
+    """A live view of the check: the directory in which it looks, and what hears of stages; "" and nobody where there is no terminal."""
     if not sys.stderr.isatty():
-        yield ""
+        yield "", lambda _: None
         return
     from shardconv.progress import watching
 
     with tempfile.TemporaryDirectory() as folder, watching(quiet=False, verbose=False, json_logs=False) as view:
         view.hear(Began((), frozenset(), folder, 0))
         view.hear(Stage("check"))
-        yield folder
+        yield folder, lambda name: view.hear(Stage(name))
 
 
 def check_run(config: Config, plan: Plan, folder: str, progress: str, enter: Callable[[str], None]) -> Json:
@@ -124,7 +124,8 @@ def compared(request: LogitRequest) -> Json:
     try:
         return check(request).to_json()
     except CheckError as error:
-        return {"equal": False, "problems": [{"fact": one.fact, "remedy": one.remedy} for one in error.problems], "notes": []}
+        problems = [{"fact": one.fact, "remedy": one.remedy} for one in error.problems]
+        return {"equal": False, "problems": problems, "notes": [], "title": error.title}
 
 
 def _logits(config: Config, plan: Plan, folder: str) -> Json:
@@ -182,8 +183,13 @@ def _require_prompts(config: Config, plan: Plan) -> None:
     if path is None:
         return
     problems = []
-    if not os.path.isfile(path):
-        problems.append(Problem(f"check.prompts: {path} is not a file", "give a text file with a prompt in each line"))
+    try:
+        with open(path, encoding="utf-8") as file:
+            fact = None if any(line.strip() for line in file) else "has no lines"
+    except (OSError, UnicodeDecodeError) as error:
+        fact = "is not a file" if isinstance(error, OSError) else "is no text in UTF-8"
+    if fact is not None:
+        problems.append(Problem(f"check.prompts: {path} {fact}", "give a text file with a prompt in each line"))
     if not any(name.startswith(("tokenizer", "vocab.")) for name in os.listdir(plan.source.root)):
         remedy = 'put the tokenizer\'s files beside the weights, or set check.prompts = "none"'
         problems.append(Problem(f"check.prompts: {plan.source.root} has no tokenizer", remedy))

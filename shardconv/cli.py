@@ -168,6 +168,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read a finished checkpoint back and compare it with its source; exits with 4 where they differ."""
+    if check == "none":
+        raise ConfigError("there is nothing to verify", [Problem("--check none", 'leave it out, or say "weights", "logits" or "all"')])
     loaded = load_config(config, [*(overrides or ()), *_said({"check.mode": check, "check.sample": sample}), *_TRACED[trace]])
     from shardconv.check_report import print_check
     from shardconv.checking import verify as compare

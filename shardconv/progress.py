@@ -39,7 +39,7 @@ STAGES = {
     "units": "converting",
     "commit": "committing",
     "check": "comparing",
-    "logits": "computing logits on both sides",
+    "logits": "computing logits",
     "close": "tidying up",
 }
 
@@ -263,6 +263,8 @@ class Screen(_Watching):
 def screen(tally: Tally, progress: Progress, workers: Sequence[WorkerState]) -> RenderableType:
     """The live part: a bar with numbers, and a table of the workers."""
     top = Table.grid(padding=(0, 2))
+    if tally.stage == "logits":
+        return Text("computing logits in JAX and in PyTorch", style="bold")
     moving = tally.stage == "units" or (tally.stage == "check" and progress.bytes_per_second > 0)
     left = f"{span(progress.seconds_left)} left" if progress.seconds_left and moving else ""
     top.add_row(

@@ -158,7 +158,7 @@ def print_summary(found: Json, console: Console) -> None:
     for label, text in (
         ("checkpoint", f"{found['checkpoint']}, {amount(target)} in {count}{resumed}{retried}"),
         ("time", f"{found['wall_seconds']:.1f} s{rate} ({times})"),
-        ("cpu", f"{found['cpu_seconds']:.1f} s" + (f", {found['executor']}" if worked else "")),
+        ("cpu", f"{found['cpu_seconds']:.1f} s in all processes" + (f"; units by {found['executor']}" if worked else "")),
         ("read", f"{amount(read)} in {found['requests']:,} requests, {found['read_amplification']:.2f} x what is used"),
         ("written", f"{amount(written)}, {found['write_amplification']:.2f} x the target"),
         ("memory", f"heaviest worker {amount(peak)}, of which buffers may take {amount(budget)}" if worked else "no workers were needed"),

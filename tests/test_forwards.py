@@ -217,8 +217,8 @@ def test_a_module_of_the_working_directory_gets_sharded_arrays_by_name(plain: An
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("forward", "", "  it is 'forward'\n      say \"auto\", \"torch\", or \"package.module:function\""),
-        ("mine:a b", "", "  it is 'mine:a b'\n      say \"auto\", \"torch\", or \"package.module:function\""),
+        ("forward", "", "  check.forward is 'forward'\n      say \"auto\", \"torch\", or \"package.module:function\""),
+        ("mine:a b", "", "  check.forward is 'mine:a b'\n      say \"auto\", \"torch\", or \"package.module:function\""),
         (
             "yours:forward",
             "",

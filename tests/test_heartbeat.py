@@ -136,3 +136,7 @@ def test_what_is_not_a_heartbeat_is_left_out(tmp_path: Path, heartbeat: Heartbea
     (tmp_path / "12-1.log").write_text("a worker's words")
     (tmp_path / "host-1.json.99.tmp").write_text(json.dumps({}))
     assert len(read_workers(str(tmp_path))) == 1
+
+
+def test_who_looks_while_a_run_tidies_up_sees_nobody(tmp_path: Path) -> None:
+    assert read_workers(str(tmp_path / "gone")) == ()

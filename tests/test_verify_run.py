@@ -211,8 +211,8 @@ def test_logits_of_both_models(config: Config) -> None:
     for data in Path(config.output.path).rglob("d/*"):
         os.truncate(data, 0)
     code, out, err = type_in("verify", file_of(config), "--check", "logits")
-    assert (code, out) == (ExitCode.CHECK, "check       logits not compared: the checkpoint cannot be read as its layout is\n")
-    assert err.startswith(f"error: {LOGITS_TITLE} (1 problem):\n") and err.endswith(": convert again with --overwrite\n")
+    assert (code, out) == (ExitCode.CHECK, "check       logits not compared: the checkpoint cannot be read back\n")
+    assert err.startswith("error: the checkpoint cannot be read back (1 problem):\n") and err.endswith(": convert again with --overwrite\n")
 
 
 @pytest.mark.skipif(find_spec("torch") is not None, reason="torch is here")
@@ -226,6 +226,14 @@ def test_logits_need_torch(config: Config) -> None:
     )
 
 
+def test_verifying_nothing_is_refused(config: Config) -> None:
+    code, out, err = type_in("verify", file_of(config), "--check", "none")
+    assert (code, out) == (ExitCode.USAGE, "")
+    assert err == (
+        'error: there is nothing to verify (1 problem):\n  --check none\n      leave it out, or say "weights", "logits" or "all"\n'
+    )
+
+
 def test_what_the_logits_lack_is_said_at_once(config: Config, tmp_path: Path) -> None:
     for library in ("torch", "transformers"):
         pytest.importorskip(library)
@@ -235,4 +243,8 @@ def test_what_the_logits_lack_is_said_at_once(config: Config, tmp_path: Path) ->
     assert (code, Path(config.output.path).exists()) == (ExitCode.USAGE, False)
     assert err.startswith("error: the logits cannot be compared (3 problems):\n")
     assert f"  check.prompts: {path} is not a file\n      give a text file with a prompt in each line\n" in err
+    path.write_bytes(b"\xff\n")
+    assert "prompts.txt is no text in UTF-8\n" in type_in("run", file_of(config), "--check", "all", *faults)[2]
+    path.write_text("\n \n")
+    assert "prompts.txt has no lines\n" in type_in("run", file_of(config), "--check", "all", *faults)[2]
     assert f"  check.prompts: {config.source.path} has no tokenizer\n      put the tokenizer's files beside the weights, or " in err

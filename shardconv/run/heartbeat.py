@@ -102,9 +102,13 @@ class Heartbeat:
 
 
 def read_workers(directory: str) -> tuple[WorkerState, ...]:
-    """What every worker said last, in the order of their names; a file that goes away meanwhile is left out."""
+    """What every worker said last, in the order of their names; a file that goes away meanwhile is left out, and so is the directory."""
     states = []
-    for name in sorted(os.listdir(directory)):
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:  # a run that ends tidies up while somebody looks
+        return ()
+    for name in names:
         if name.endswith(".json"):
             try:
                 with open(os.path.join(directory, name), encoding="utf-8") as file:

@@ -94,7 +94,7 @@ def _require_known(layout: str) -> None:
 def _parts(name: str) -> tuple[str, str]:
     module, colon, function = name.partition(":")
     if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise ConfigError(TITLE, [Problem(f"it is {name!r}", 'say "auto", "torch", or "package.module:function"')])
+        raise ConfigError(TITLE, [Problem(f"check.forward is {name!r}", 'say "auto", "torch", or "package.module:function"')])
     return module, function
 
 

@@ -83,5 +83,6 @@ def summary(found: Mapping[str, Any]) -> str:
 def raise_if_unequal(found: Mapping[str, Any]) -> None:
     """Raise CheckError with the problems of a verdict as data, of the weights or of both, if it has any."""
     if found["problems"]:
-        title = TITLE if found["weights"] is not None and found["weights"]["problems"] else LOGITS_TITLE
+        weights, logits = found["weights"], found["logits"]
+        title = TITLE if weights is not None and weights["problems"] else logits.get("title", LOGITS_TITLE)
         raise CheckError(title, [Problem(problem["fact"], problem["remedy"]) for problem in found["problems"]])
