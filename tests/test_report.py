@@ -105,7 +105,7 @@ def test_the_summary_says_what_it_took(plan: Plan) -> None:
     assert out.getvalue().splitlines() == [
         f"checkpoint  /out, {target} in 1 unit, 1 by earlier runs, 2 attempts failed",
         "time        2.8 s (plan 0.2, units 2.0, commit 0.5)",
-        "cpu         6.8 s, 2 processes",
+        "cpu         6.8 s in all processes; units by 2 processes",
         f"read        1.20 MB in 14 requests, {found['read_amplification']:.2f} x what is used",
         f"written     1.02 MB, {found['write_amplification']:.2f} x the target",
         "memory      heaviest worker 3.00 MB, of which buffers may take 67.1 MB",
@@ -119,7 +119,7 @@ def test_the_summary_of_a_run_that_had_nothing_left_to_do(plan: Plan) -> None:
     print_summary(found, Console(file=out, width=200, markup=False))
     lines = out.getvalue().splitlines()
     assert lines[0].endswith(" in 1 unit, 1 by earlier runs, 1 attempt failed")
-    assert lines[2] == "cpu         3.5 s"
+    assert lines[2] == "cpu         3.5 s in all processes"
     assert lines[5:] == ["memory      no workers were needed", "note        a note [of] the plan"]
 
 

@@ -15,7 +15,7 @@ import xxhash
 from shardconv.verify.compare import Odd, bounds, compare, differing
 from shardconv.verify.rounding import bits
 from shardconv.verify.statement import Block, Box, Reference, blocks, meet, volume, within
-from shardconv.verify.stored import Stored
+from shardconv.verify.stored import Stored, reason
 from shardconv.verify.tensors import Tensors, numpy_dtype
 
 Array = npt.NDArray[Any]
@@ -111,7 +111,7 @@ def look(task: Task) -> Sight:
         try:
             found = next(arrays)
         except ValueError as error:  # TensorStore's, of a chunk that is missing or broken
-            sight.unreadable = str(error).splitlines()[0]
+            sight.unreadable = reason(error)
             return sight
         digests[number].update(bits(found).data)
         _compare(sight, reference, tensors, slab, found, min(ROWS, task.memory // 32))

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardconv.errors import CheckError, Problem
-from shardconv.verify.stored import LOST
+from shardconv.verify.stored import LOST, reason
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def describe(path: str, devices: Sequence[jax.Device]) -> Described:
     """
     with ocp.PyTreeCheckpointer() as checkpointer:
         found = checkpointer.metadata(path).item_metadata
+    if found is None:  # Orbax's word for a tree whose metadata it cannot read
+        raise CheckError("the checkpoint cannot be read back", [Problem(f"{path}: its arrays have no metadata", LOST)])
     metadata = found.custom_metadata or {}
     ours = metadata.get("shardconv")
     if not isinstance(ours, Mapping):
@@ -72,8 +74,7 @@ def readable(path: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        said = str(error).splitlines()[0]
-        raise CheckError("the checkpoint cannot be read back", [Problem(f"{path}: {said}", LOST)]) from None
+        raise CheckError("the checkpoint cannot be read back", [Problem(f"{path}: {reason(error)}", LOST)]) from None
 
 
 def mesh_of(axes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:

@@ -34,6 +34,15 @@ LEAN = {
 LOST = "the file is damaged or incomplete: convert again with --overwrite"
 
 
+def reason(error: Exception) -> str:
+    """What TensorStore says of an error, without the lines and the brackets in which it repeats what it was asked for.
+
+    >>> reason(ValueError("NOT_FOUND: no such file [tensorstore_spec='{...}'] [source locations='...']"))
+    'NOT_FOUND: no such file'
+    """
+    return str(error).partition("\n")[0].partition(" [tensorstore_spec=")[0].partition(" [source locations=")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class StoredLeaf:
     """An array of the checkpoint: `chunk` is the shape that one write filled, if the checkpoint says so, else that which is stored."""
@@ -113,6 +122,6 @@ class Stored:
             try:
                 self._open[name] = ts.open(spec, open=True, read=True, context=self._context).result()
             except ValueError as error:
-                fact = f"{name}: {str(error).splitlines()[0]}"
+                fact = f"{name}: {reason(error)}"
                 raise CheckError("the checkpoint cannot be read back", [Problem(fact, LOST)]) from None
         return self._open[name]
