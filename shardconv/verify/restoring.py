@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardconv.errors import CheckError, Problem
+from shardconv.verify.forwards import nested
 from shardconv.verify.stored import LOST, reason
 
 
@@ -61,7 +62,7 @@ def describe(path: str, devices: Sequence[jax.Device]) -> Described:
 def restore(path: str, devices: Sequence[jax.Device]) -> Restored:
     """Restores the tree at `path` onto devices; raises CheckError as `describe` does, and where an array cannot be read."""
     described = describe(path, devices)
-    tree = _nested(described.leaves)
+    tree = nested(described.leaves)
     arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
     with ocp.PyTreeCheckpointer() as checkpointer, readable(described.path):
         leaves = dict(_named(checkpointer.restore(described.path, args=arguments)))
@@ -99,14 +100,3 @@ def _named(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, child in tree.items():
         yield from _named(child, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *path, last = name.split(".")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
