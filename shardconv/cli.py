@@ -22,6 +22,7 @@ from shardconv.budget import parse_size
 from shardconv.config import RunOptions, load_config
 from shardconv.door import Door, enter
 from shardconv.errors import ConfigError, Problem
+from shardconv.json_text import json_text
 
 HELP = """Convert PyTorch and safetensors checkpoints into sharded Orbax checkpoints, in bounded memory.
 
@@ -103,7 +104,7 @@ def _console() -> Console:
 
 def _echo_json(value: object) -> None:
     try:
-        typer.echo(json.dumps(value, indent=2))
+        typer.echo(json_text(value))
     except BrokenPipeError:
         _leave_closed_pipe()
 

@@ -14,7 +14,6 @@ The driver imports neither jax nor TensorStore, and Ray only when Ray is asked f
 """
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -29,6 +28,7 @@ from typing import cast
 
 from shardconv.budget import this_machine
 from shardconv.errors import ConfigError, Problem, RunError
+from shardconv.json_text import json_text
 from shardconv.ledger import Ledger
 from shardconv.lock import Lock
 from shardconv.plan import Plan
@@ -130,7 +130,7 @@ def drive(
             finished = len(ledger.finished())
             title = f"interrupted: {finished} of {len(plan.units)} units are finished; run the same command again to go on"
             raise RunError(title) from None
-        ledger.close(json.dumps(figures(outcome), indent=2) + "\n")
+        ledger.close(json_text(figures(outcome)) + "\n")
     return outcome
 
 
