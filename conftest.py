@@ -1,0 +1,7 @@
+"""Modules that need an extra are not looked through for examples where it is not installed; `tests/conftest.py` has the rest."""
+
+from importlib.util import find_spec
+
+NEEDS = {"shardconv/interop/views.py": "torch", "tests/user_models.py": "equinox"}
+
+collect_ignore = [module for module, library in NEEDS.items() if find_spec(library) is None]
