@@ -29,6 +29,7 @@ from shardconv.verify.pool import ENVIRONMENT, answer_of_child, answer_of_task
 from shardconv.verify.reference import require_torch
 from shardconv.verify.request import Request
 from shardconv.verify.roundings import roundings
+from shardconv.verify.sample import prompt_lines
 from shardconv.verify.second import Choices
 from shardconv.verify.verdict import raise_if_unequal
 
@@ -184,8 +185,7 @@ def _require_prompts(config: Config, plan: Plan) -> None:
         return
     problems = []
     try:
-        with open(path, encoding="utf-8") as file:
-            fact = None if any(line.strip() for line in file) else "has no lines"
+        fact = None if prompt_lines(path) else "has no lines"
     except (OSError, UnicodeDecodeError) as error:
         fact = "is not a file" if isinstance(error, OSError) else "is no text in UTF-8"
     if fact is not None:

@@ -17,14 +17,19 @@ def random_sample(vocab: int, seed: int, lengths: Sequence[int] = LENGTHS) -> tu
     return tuple(numbers.integers(0, vocab, length, dtype=np.int64) for length in lengths)
 
 
+def prompt_lines(path: str) -> list[str]:
+    """The lines of a text file that are not blank; raises OSError, and UnicodeDecodeError where it is no text in UTF-8."""
+    with open(path, encoding="utf-8") as file:
+        return [line for line in file.read().splitlines() if line.strip()]
+
+
 def prompt_sample(path: str, source: str) -> tuple[Tokens, ...]:
     """The lines of a text file as token ids, by the source's own tokenizer; raises InputError without one, or without lines."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file.read().splitlines() if line.strip()]
+        lines = prompt_lines(path)
     except (OSError, ValueError) as error:
         raise InputError("the prompts cannot be read", [Problem(str(error).splitlines()[0])]) from None
     sample = tuple(np.asarray(tokenizer(line)["input_ids"], dtype=np.int64) for line in lines)
