@@ -1,5 +1,4 @@
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from waiting import alive, wait_for_workers
+from waiting import alive, stop_one_at_work, wait_for_workers
 
 from shardconv.errors import InputError, RunError
 from shardconv.ledger import Ledger
@@ -144,13 +143,8 @@ def test_a_process_that_hangs_is_named_then_replaced(state: str) -> None:
 
 
 def test_a_process_that_is_stopped_is_named_and_its_unit_given_to_another(state: str) -> None:
-    events, stopped = [], 0
-    for event in start(state, "slow", units=30, patience=Patience(name_after=1, give_up_after=4)):
-        events.append(event)
-        busy = [worker.pid for worker in read_workers(Ledger(state).workers) if worker.unit is not None]
-        if not stopped and busy and isinstance(event, Finished):
-            stopped = busy[0]
-            os.kill(stopped, signal.SIGSTOP)
+    told = start(state, "slow", units=30, patience=Patience(name_after=1, give_up_after=4))
+    events, stopped = stop_one_at_work(told, state)
     assert finished(events) == list(range(30))
     (retried,) = [event for event in events if isinstance(event, Retried)]
     assert retried.error.endswith(f" s (pid {stopped} on {socket.gethostname()})")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from waiting import alive, wait_for_workers
+from waiting import alive, stop_one_at_work, wait_for_workers
 
 from shardconv.errors import InputError, RunError
 from shardconv.ledger import Ledger
@@ -199,13 +199,8 @@ def test_a_ray_of_our_own_that_dies_is_a_report(state: str, name: str) -> None:
 
 
 def test_a_task_whose_process_is_stopped_is_given_to_another_and_the_process_ends(started: None, state: str) -> None:
-    events, stopped = [], 0
-    for event in start(state, "slow", units=30, patience=Patience(name_after=1, give_up_after=4)):
-        events.append(event)
-        busy = [worker.pid for worker in read_workers(Ledger(state).workers) if worker.unit is not None]
-        if not stopped and busy and isinstance(event, Finished):
-            stopped = busy[0]
-            os.kill(stopped, signal.SIGSTOP)
+    told = start(state, "slow", units=30, patience=Patience(name_after=1, give_up_after=4))
+    events, stopped = stop_one_at_work(told, state)
     assert finished(events) == list(range(30))
     assert any(event.where == f"pid {stopped} on {socket.gethostname()}" for event in events if isinstance(event, Waiting))
     assert f"pid {stopped} on " in retried(events).error

@@ -1,8 +1,12 @@
 """What tests of executors wait for: workers that have begun, and processes that are gone."""
 
+import os
+import signal
 import time
+from collections.abc import Iterable
 
 from shardconv.ledger import Ledger
+from shardconv.run import Event, Finished
 from shardconv.run.heartbeat import read_workers
 
 
@@ -15,6 +19,18 @@ def wait_for_workers(state: str, count: int, *, seconds: float) -> list[int]:
             return pids
         time.sleep(0.05)
     raise AssertionError(f"{count} workers never began")
+
+
+def stop_one_at_work(told: Iterable[Event], state: str) -> tuple[list[Event], int]:
+    """All events that are told, and the process id of a worker that was stopped (SIGSTOP) with a unit, once another unit was finished."""
+    events, stopped = [], 0
+    for event in told:
+        events.append(event)
+        busy = [worker.pid for worker in read_workers(Ledger(state).workers) if worker.unit is not None]
+        if not stopped and busy and isinstance(event, Finished):
+            stopped = busy[0]
+            os.kill(stopped, signal.SIGSTOP)
+    return events, stopped
 
 
 def alive(pid: int) -> bool:
