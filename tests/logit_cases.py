@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import written
 from test_models import LLAMA, LLAMA3, YARN, torch_model
 
 from shardconv.families import find
@@ -162,12 +163,11 @@ def judged(made: Case, side: Side, plan: Plan, bounds: Bounds | None = None, *, 
 
 def slot(param: str, **changes: object) -> Table:
     """A layout's table with another entry for one parameter."""
-    return lambda table: replace(table, slots=tuple(replace(one, **changes) if one.param == param else one for one in table.slots))  # type: ignore[arg-type]
+    return lambda table: written.renamed(table, **{param: changes})
 
 
 def exchanged(a: str, b: str) -> Table:
-    other = {a: b, b: a}
-    return lambda table: replace(table, slots=tuple(replace(one, param=other.get(one.param, one.param)) for one in table.slots))
+    return lambda table: written.exchanged(table, a, b)
 
 
 def kinds_exchanged(table: Layout) -> Layout:

@@ -25,7 +25,7 @@ from shardconv.sinks.commit import CommitRequest
 from shardconv.sinks.orbax_commit import commit
 from shardconv.sinks.paths import create_stage
 from shardconv.sinks.spec import StoreOptions
-from shardconv.source import open_source
+from shardconv.source import Source, open_source
 from shardconv.verify.request import Request
 from shardconv.verify.second import Choices
 from shardconv.verify.verdict import Verdict
@@ -61,11 +61,12 @@ def plan_of(
     *,
     layout: Callable[[Layout], Layout] = lambda table: table,
     family: Callable[[Family], Family] = lambda table: table,
+    reading: Callable[[Source], Source] = lambda source: source,
     chunk: int = CHUNK,
     mesh: MeshRules = MeshRules({}, {}),  # noqa: B008  frozen
 ) -> Plan:
-    """The plan of a conversion, with what a fault makes of the layout's or the family's table."""
-    opened = open_source(source)
+    """The plan of a conversion, with what a fault makes of the layout's or the family's table, or of what the source says."""
+    opened = reading(open_source(source))
     model = bind(family(find(opened.config or {})), opened.config or {})
     table = LAYOUTS[choices.layout](model, LayoutOptions(choices.scan_layers, choices.rope, choices.vocab_size, choices.query_dtype))
     return make_plan(opened, model, layout(table), PlanOptions(choices.dtype, mesh, chunk, 64 << 20))

@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from logit_cases import kinds_exchanged, slot
 from pipeline import Array, Conversion, Fault, replaced
 from test_verify_faults import (
     cut_off_rows,
@@ -32,9 +33,7 @@ from test_verify_faults import (
     without_biases,
     zero_a_block,
 )
-from written import renamed
 
-from shardconv.family import Layout
 from shardconv.formats.reading import Reader
 from shardconv.models.description import Decoder, Rope
 from shardconv.run import work
@@ -43,16 +42,6 @@ from shardconv.source import Source
 from shardconv.verify import logits
 
 MAXTEXT = "maxtext"
-
-
-def slot(param: str, **changes: object) -> Callable[[Layout], Layout]:
-    """A layout's table with another entry for one parameter."""
-    return lambda table: renamed(table, **{param: changes})
-
-
-def kinds_exchanged(table: Layout) -> Layout:
-    """Gemma 2's local and global layers in each other's places."""
-    return replace(table, axes={**table.axes, "kind": ("global", "local")})
 
 
 def pointed(key: str, other: str) -> Callable[[Source], Source]:

@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 from logit_cases import FAMILIES
 from test_models import torch_model
-from written import change, write
+from written import change, plan_of, write
 
 from shardconv.errors import CheckError, InputError
-from shardconv.families import find
-from shardconv.family import Family, Layout, LayoutOptions, bind
-from shardconv.layouts import LAYOUTS
-from shardconv.plan import Plan, PlanOptions, make_plan
+from shardconv.family import Family, Layout
+from shardconv.plan import Plan
 from shardconv.sharding import MeshRules
-from shardconv.source import Source, open_source
+from shardconv.source import Source
 from shardconv.verify import logits, weights
 from shardconv.verify.logit_request import Bounds, LogitRequest
 from shardconv.verify.request import Request
@@ -114,19 +112,19 @@ def source_of(root: Path, conversion: Conversion) -> Path:
     return model_of(root, conversion.family, settings, conversion.stored, conversion.seed)
 
 
-def plan_of(folder: Path, fault: Fault) -> Plan:
-    """The plan of a conversion, with the fault in it."""
-    wanted = replace(fault.conversion, **fault.written)
-    opened = fault.source(open_source(folder))
-    model = bind(fault.tables_of_family(find(opened.config or {})), opened.config or {})
-    table = LAYOUTS[wanted.layout](model, LayoutOptions(wanted.scanned, wanted.rope, wanted.vocab, ""))
-    return make_plan(opened, model, fault.table(table), PlanOptions(wanted.dtype, wanted.mesh, CHUNK, 64 << 20))
-
-
 def convert_and_check(root: Path, fault: Fault) -> Found:
     """Convert with the fault, and ask both checks."""
     folder = source_of(root, fault.conversion)
-    plan = plan_of(folder, fault)
+    wanted = replace(fault.conversion, **fault.written)
+    plan = plan_of(
+        folder,
+        wanted.choices,
+        layout=fault.table,
+        family=fault.tables_of_family,
+        reading=fault.source,
+        chunk=CHUNK,
+        mesh=wanted.mesh,
+    )
     out = root / "out"
     try:
         with fault.broken():
