@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import KEPT
+from slow_cases import KEPT
 
 
 @pytest.mark.parametrize("name", KEPT)

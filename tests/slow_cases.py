@@ -1,0 +1,29 @@
+"""The tests with many cases that each convert and run a model, or that kill conversions, and the cases of them that `make test` keeps.
+
+`make test` runs the named cases, one of each kind; `make slow` runs the others.
+"""
+
+from collections.abc import Mapping
+
+KEPT: Mapping[str, tuple[str, ...]] = {
+    "test_divergence.py::test_a_fault_in_a_layer_is_found_there": ("key's bias dropped", "an expert twice"),
+    "test_divergence.py::test_a_fault_in_a_table_is_found_in_the_first_block": (),
+    "test_divergence.py::test_a_fault_in_what_the_model_computes_is_found": ("<lambda>-heads0",),
+    "test_divergence.py::test_no_step_and_no_part_of_a_clean_conversion_departs": ("gemma2-maxtext", "mixtral-flat"),
+    "test_forwards.py::test_the_traced_module_thinks_as_the_source": ("llama-options1", "mixtral-options4"),
+    "test_forwards.py::test_a_fault_is_seen_by_the_traced_module": ("qwen3",),
+    "test_forwards.py::test_torch_holds_no_weights_and_the_arrays_stay_where_they_are": ("True",),
+    "test_interop.py::test_a_model_in_jax_is_within_the_noise_of_torch": ("llama", "resnet18", "gemma2"),
+    "test_interop.py::test_sharded_weights_and_none_in_torch": ("mixtral",),
+    "test_kills.py::test_runs_that_are_killed_each_in_another_way_end_in_the_same_checkpoint": (),
+    "test_kills.py::test_a_driver_that_is_killed_while_checkpoints_change_places": (),
+    "test_logits.py::test_a_converted_model_thinks_as_its_source": ("maxtext-True",),
+    "test_logits.py::test_a_fault_in_a_layouts_table_is_seen": ("query scale missing", "norm's 1 doubled", "local and global"),
+    "test_logits.py::test_a_fault_in_an_array_is_seen": ("layers off by one", "not a number", "one part in ten thousand"),
+    "test_logits.py::test_what_can_be_asked_of_a_layout": ("biased", "qwen3"),
+    "test_logits.py::test_what_the_plan_rounds_is_told_from_faults": ("gemma2", "mixtral"),
+    "test_memory.py::test_memory_is_the_budgets_and_not_the_models": ("maxtext",),
+    "test_hostile_pickles.py::test_bombs_end_soon_and_in_little_memory": ("10^7 instructions in lists", "10^7 marks"),
+    "test_pytorch_source.py::test_an_interrupted_run_goes_on": ("sharded",),
+    "test_ray.py::test_a_ray_of_our_own_that_dies_is_a_report": ("raylet",),
+}
