@@ -47,7 +47,7 @@ def _side(size: int, shard: int, most: int) -> int:
     It divides the shard or is several shards, so that an inner chunk need not be shorter. Where that leaves it far from `most` (no
     shards and a prime vocabulary, say), the dim is cut evenly instead, with a shorter chunk at the end.
     """
-    fitting = [n for n in _divisors(shard) if n <= most] + [n * shard for n in _divisors(size // shard) if n * shard <= most]
+    fitting = [n for n in divisors(shard) if n <= most] + [n * shard for n in divisors(size // shard) if n * shard <= most]
     best = max(fitting)
     if best * (2 if shard == size else SHORTEST) < most:
         best = -(-size // -(-size // most))
@@ -59,7 +59,8 @@ def _inner(side: int, shard: int) -> int:
     return shard if side % shard == 0 else side
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """The divisors of a number, in no order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return small + [n // d for d in small]
 

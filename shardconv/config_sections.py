@@ -3,6 +3,7 @@
 They are frozen values: a word such as "none" has become None, "64MiB" has become bytes, and a mesh rule is a tuple of mesh axes.
 """
 
+import math
 import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,25 +138,56 @@ class TargetSection(Section):
 
 
 class MeshSection(Section):
-    """The devices that will restore the checkpoint; what is stored divides their shards."""
+    """The devices that will restore the checkpoint, or that it is written from; what is stored divides their shards."""
 
     axes: Annotated[
         Mapping[Text, Positive],
         Expected("devices per mesh axis, such as { fsdp = 8, tensor = 4 }"),
         Field(description="Mesh axes in order, with the number of devices along each."),
     ] = Field(default_factory=dict)
+    placement: Annotated[
+        Literal["stream", "mesh", "mesh-host", "mesh-device"],
+        Expected("a placement", choices=("stream", "mesh", "mesh-host", "mesh-device")),
+        Field(
+            description='"stream": from file to file, no devices; "mesh": onto the mesh and written from there ("-host", "-device": how).'
+        ),
+    ] = "stream"
+    processes: Annotated[
+        Positive,
+        Expected("a whole number, 1 or more"),
+        Field(description="JAX processes that share the mesh where arrays are placed on it, one per host: each has as many devices."),
+    ] = 1
+
     rules: Annotated[
         Mapping[Text, Rule],
         Expected('mesh axes, such as "fsdp", ["fsdp", "tensor"], or "" for none'),
         Field(description='The mesh axes that split each named axis: one, a list, or "" for none.'),
     ] = Field(default_factory=dict)
 
+    @property
+    def places(self) -> bool:
+        """Whether arrays are placed on the mesh and written from there."""
+        return self.placement != "stream"
+
     @model_validator(mode="after")
     def _rules_fit_axes(self) -> Self:
-        problems = [problem for name, rule in self.rules.items() for problem in self._rule_problems(name, rule)]
+        problems = self._placement_problems()
+        problems += [problem for name, rule in self.rules.items() for problem in self._rule_problems(name, rule)]
         if problems:
             raise Misfit(problems)
         return self
+
+    def _placement_problems(self) -> list[tuple[Keys, Problem]]:
+        if not self.places:
+            return []
+        if not self.axes:
+            fact = f"[mesh] placement = {toml_value(self.placement)}: the mesh has no axes"
+            return [(("placement",), Problem(fact, "add axes = { fsdp = 8 }, with the number of devices along each"))]
+        devices = math.prod(self.axes.values())
+        if devices % self.processes:
+            fact = f"[mesh] processes = {self.processes}: the mesh has {devices} devices, which they do not share evenly"
+            return [(("processes",), Problem(fact, f"a divisor of {devices}"))]
+        return []
 
     def _rule_problems(self, name: str, rule: tuple[str, ...]) -> list[tuple[Keys, Problem]]:
         said = f"[mesh] rules.{toml_key(name)} = {toml_value(rule_words(rule))}"
@@ -235,6 +267,11 @@ class WorkersSection(Section):
         Expected('a size, such as "2GiB" or "500MB", or "auto"'),
         Field(description='Memory for the buffers of each, such as "2GiB"; "auto" takes a share of what is free.'),
     ] = "auto"
+    max_restarts: Annotated[
+        Natural,
+        Expected("a whole number, 0 or more"),
+        Field(description="On a mesh: how often the processes are started again, all of them, after one of them died."),
+    ] = 3
 
 
 class CheckSection(Section):

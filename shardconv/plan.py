@@ -28,6 +28,7 @@ from shardconv.leaf import CHUNKS as CHUNKS
 from shardconv.leaf import Leaf as Leaf
 from shardconv.leaf import Part as Part
 from shardconv.leaf import leaf_pieces as leaf_pieces
+from shardconv.placement import Window, chunk_in_shard, cut_windows, memory, mesh_units, resident
 from shardconv.sharding import MeshRules, Misfit, Spec, misfits, partition, shards, yielded
 from shardconv.source import Source
 from shardconv.units import READ_GAP as READ_GAP
@@ -46,7 +47,8 @@ class PlanOptions:
     """What the user chooses about a plan, besides model and layout.
 
     `dtype` is "source" or a dtype's name, `store_copies` how many copies of a chunk the store makes while it encodes it; `ends_equal` is
-    what comparing a tied model's two embeddings gave, None if it was not done.
+    what comparing a tied model's two embeddings gave, None if it was not done. `processes` share the mesh where the arrays are placed on it
+    and written from there (`placement`); 0 for a conversion that streams from file to file.
     """
 
     dtype: str
@@ -56,11 +58,15 @@ class PlanOptions:
     ignore: tuple[str, ...] = ()
     ends_equal: bool | None = None
     store_copies: int = 1
+    processes: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole conversion; `make_plan` makes it, `to_json` and `plan_from_json` carry it to workers."""
+    """A whole conversion; `make_plan` makes it, `to_json` and `plan_from_json` carry it to workers.
+
+    `windows` say which leaves are on the mesh together, and `processes` how many share it; none and 0 where nothing is placed on it.
+    """
 
     source: Source
     family: str
@@ -72,6 +78,8 @@ class Plan:
     metadata: Mapping[str, object]
     notes: tuple[str, ...]
     store_copies: int
+    windows: tuple[Window, ...] = ()
+    processes: int = 0
 
     @property
     def target_bytes(self) -> int:
@@ -91,6 +99,9 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """The most that one worker's buffers hold; the interpreter, the libraries and some fixed buffers (about 10 MB) come on top."""
+        if self.windows:
+            windows = (self.leaves[window.start : window.stop] for window in self.windows)
+            return max(memory(leaves, self.mesh, self.processes, self.store_copies) for leaves in windows)
         chunks = (CHUNKS + self.store_copies) * max(leaf.chunk_bytes for leaf in self.leaves)
         return chunks + max(leaf.chunk_bytes * leaf.rows_ratio for leaf in self.leaves)
 
@@ -134,8 +145,8 @@ def make_plan(source: Source, model: Model, layout: Layout, options: PlanOptions
     if undivided:
         raise ConfigError("the mesh does not divide the arrays", undivided)
     limit = _limit(leaves, options)
-    leaves = tuple(_chunked(leaf, limit, options.mesh) for leaf in leaves)
-    units = tuple(cut_units(leaves, source.tensors))
+    leaves = tuple(_chunked(leaf, limit, options) for leaf in leaves)
+    windows, units = _cut(leaves, source.tensors, options)
     ends = _tie_notes(model, source.tensors, tied, options.ends_equal, layout.when_tied)
     return Plan(
         source=source,
@@ -148,6 +159,8 @@ def make_plan(source: Source, model: Model, layout: Layout, options: PlanOptions
         metadata=layout.metadata,
         notes=(*source.notes, *_other_model(model), *ignored, *ends, *layout.notes, *_mesh_notes(builder.yielded)),
         store_copies=options.store_copies,
+        windows=windows,
+        processes=options.processes,
     )
 
 
@@ -268,9 +281,33 @@ def _limit(leaves: Sequence[Leaf], options: PlanOptions) -> int:
     return min(options.chunk_bytes, most)
 
 
-def _chunked(leaf: Leaf, limit: int, mesh: MeshRules) -> Leaf:
-    part = leaf.parts[0]
+def _cut(
+    leaves: Sequence[Leaf], stored: Mapping[str, StoredTensor], options: PlanOptions
+) -> tuple[tuple[Window, ...], tuple[Unit, ...]]:
+    """The windows and the units; raises ConfigError where a process cannot hold its part of an array."""
+    if not options.processes:
+        return (), tuple(cut_units(leaves, stored))
+    mesh, processes, copies, budget = options.mesh, options.processes, options.store_copies, options.memory_budget
+    most = max(leaves, key=lambda leaf: memory([leaf], mesh, processes, copies))
+    held = memory([most], mesh, processes, copies)
+    if held > budget:
+        fact = (
+            f"{most.name}: each of {processes} processes has {resident(most, mesh, processes)} bytes of it, which take {held} "
+            f"while they are placed, and a process may take {budget}"
+        )
+        remedy = (
+            f'set workers.memory_budget = "{-(-held >> 20)}MiB" or more, split it further in mesh.rules, '
+            "or use target.scan_layers = false"
+        )
+        raise ConfigError("the memory budget is too small for the mesh", [Problem(fact, remedy)])
+    return mesh_units(leaves, mesh, cut_windows(leaves, mesh, processes, budget, copies))
+
+
+def _chunked(leaf: Leaf, limit: int, options: PlanOptions) -> Leaf:
+    part, mesh = leaf.parts[0], options.mesh
     order = cut_order(part.target, part.source)
+    if options.processes:
+        return chunk_in_shard(leaf, limit, mesh, order)
     chunk, inner = choose_chunk(
         leaf.shape, itemsize=leaf.itemsize, limit=limit, shards=shards(leaf.spec, mesh), order=order
     )

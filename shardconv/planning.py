@@ -41,6 +41,7 @@ def plan_from_config(config: Config, *, compare_ends: bool = False) -> Plan:
         ignore=config.model.ignore,
         ends_equal=_ends_equal(source, model) if compare_ends else None,
         store_copies=_store_copies(config.output),
+        processes=config.mesh.processes if config.mesh.places else 0,
     )
     layout = LAYOUTS[target.layout](model, chosen)
     _require_axes(config, {*model.axes, *layout.axes})
@@ -81,4 +82,6 @@ def worker_budget(config: Config) -> int:
     if config.workers.memory_budget != "auto":
         return config.workers.memory_budget
     machine = this_machine()
+    if config.mesh.places:  # on a cluster one process per node
+        return default_budget(machine, config.mesh.processes if config.workers.address == "local" else 1)
     return default_budget(machine, config.workers.count or machine.cores)

@@ -91,7 +91,7 @@ def test_defaults(here: Path) -> None:
             "rope": "auto",
             "vocab_size": "source",
         },
-        "mesh": {"axes": {}, "rules": {}},
+        "mesh": {"axes": {}, "placement": "stream", "processes": 1, "rules": {}},
         "output": {
             "path": "out",
             "step": "none",
@@ -101,7 +101,7 @@ def test_defaults(here: Path) -> None:
             "compression": "none",
             "chunk_bytes": "64MiB",
         },
-        "workers": {"executor": "ray", "address": "local", "count": 0, "memory_budget": "auto"},
+        "workers": {"executor": "ray", "address": "local", "count": 0, "memory_budget": "auto", "max_restarts": 3},
         "check": {
             "mode": "weights",
             "sample": "auto",
