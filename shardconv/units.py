@@ -86,7 +86,7 @@ class _ChunkCosts:
 
     def of(self, chunk: int) -> _Cost:
         box = chunk_box(self._leaf.shape, self._leaf.chunk, chunk)
-        like = tuple(_cut(part.target.dims, box) for part in self._leaf.parts) if self._alike else box
+        like = tuple(cut(part.target.dims, box) for part in self._leaf.parts) if self._alike else box
         if like not in self._known:
             self._known[like] = self._work_out(box)
         return self._known[like]
@@ -101,7 +101,7 @@ class _ChunkCosts:
         return _Cost(read, math.prod(box_shape(box)) * self._leaf.itemsize, requests)
 
 
-def _cut(dims: Sequence[Dim], box: Box) -> tuple[tuple[int, int], ...]:
+def cut(dims: Sequence[Dim], box: Box) -> tuple[tuple[int, int], ...]:
     """What a box's cost depends on: its sides, and where they start among the inner digits, or among the parts of a sum."""
     cuts = []
     for dim, (start, stop) in zip(dims, box, strict=True):
