@@ -161,14 +161,12 @@ def test_a_child_that_cannot_start_says_why(state: str) -> None:
 
 
 def test_closing_stops_the_workers(state: str) -> None:
-    events = start(state, "slow")
-    while not isinstance(next(events), Finished):
-        pass
-    pids = [worker.pid for worker in read_workers(Ledger(state).workers)]
-    assert len(pids) == 2
+    events = start(state, "slow", units=100)
+    while len(pids := [worker.pid for worker in read_workers(Ledger(state).workers)]) < 2:
+        next(events)
     events.close()
     assert not any(alive(pid) for pid in pids)
-    assert len(Ledger(state).finished()) < 8
+    assert len(Ledger(state).finished()) < 100
 
 
 def test_workers_die_with_a_killed_driver(state: str) -> None:
