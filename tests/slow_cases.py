@@ -22,8 +22,21 @@ KEPT: Mapping[str, tuple[str, ...]] = {
     "test_logits.py::test_a_fault_in_an_array_is_seen": ("layers off by one", "not a number", "one part in ten thousand"),
     "test_logits.py::test_what_can_be_asked_of_a_layout": ("biased", "qwen3"),
     "test_logits.py::test_what_the_plan_rounds_is_told_from_faults": ("gemma2", "mixtral"),
+    "test_mesh_device.py::test_every_leaf_bit_for_bit_and_read_once": (
+        "llama-maxtext-unscanned-both",
+        "mixtral-flat-scanned-stages",
+        "qwen3_moe-maxtext-scanned-rows",
+        "gemma2-maxtext-scanned-columns",
+        "qwen2-flat-scanned-copies",
+    ),
+    "test_mesh_host.py::test_every_leaf_bit_for_bit_and_read_once": ("maxtext-scanned", "flat-unscanned-both"),
     "test_memory.py::test_memory_is_the_budgets_and_not_the_models": ("maxtext",),
     "test_hostile_pickles.py::test_bombs_end_soon_and_in_little_memory": ("10^7 instructions in lists", "10^7 marks"),
     "test_pytorch_source.py::test_an_interrupted_run_goes_on": ("sharded",),
+    "test_porting_layers.py::test_a_layer_computes_what_torch_does": (
+        *("Linear-", "Embedding", "Conv2d-", "Conv3d, groups", "circular", "dilated-linen", "k=4 s=2 p=1-", "Transpose2d, groups"),
+        *("BatchNorm2d-", "LayerNorm-", "RMSNorm", "GroupNorm", "InstanceNorm", "MultiheadAttention-", "LSTM-", "GRU"),
+        *("weight_norm-", "spectral_norm-linen", "PReLU"),
+    ),
     "test_ray.py::test_a_ray_of_our_own_that_dies_is_a_report": ("raylet",),
 }

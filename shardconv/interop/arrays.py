@@ -30,20 +30,25 @@ def array_of(tensor: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    plain = tensor.detach().cpu().contiguous()
-    name = str(plain.dtype).removeprefix("torch.")
-    if name in FOREIGN:
-        import torch
-
-        dtype = FOREIGN[name]
-        stored = plain.view(getattr(torch, BITS[dtype.itemsize])).numpy().view(dtype)
-    else:
-        stored = plain.numpy()
+    stored = numpy_of(tensor)
     kept = stored.astype(jax.dtypes.canonicalize_dtype(stored.dtype))
     if stored.dtype.kind in "iu" and not np.array_equal(kept, stored):
         remedy = 'jax.config.update("jax_enable_x64", True)'
-        raise ConfigError(f"a tensor of {name} does not fit JAX's 32-bit integers", [Problem("some values are beyond 32 bits", remedy)])
+        title = f"a tensor of {stored.dtype.name} does not fit JAX's 32-bit integers"
+        raise ConfigError(title, [Problem("some values are beyond 32 bits", remedy)])
     return jnp.array(kept)
+
+
+def numpy_of(tensor: Any) -> Any:
+    """A torch.Tensor as a NumPy array with the same bits, of the same memory if it is a contiguous one on the CPU."""
+    plain = tensor.detach().cpu().contiguous()
+    name = str(plain.dtype).removeprefix("torch.")
+    if name not in FOREIGN:
+        return plain.numpy()
+    import torch
+
+    dtype = FOREIGN[name]
+    return plain.view(getattr(torch, BITS[dtype.itemsize])).numpy().view(dtype)
 
 
 def j2t(array: Any) -> Any:

@@ -1,0 +1,10 @@
+"""Porting: a PyTorch model's parameters onto a user's own JAX model, in Flax Linen, Flax NNX, Equinox or plain trees.
+
+    sizes         lengths of axes, from dims and shapes
+    folding       what no address can say: sums, norms folded into weights, kernels turned round
+    moves         what fills an array, as two addresses: `fc.weight: o i -> i o`
+    rules         layers as moves; the tables are `linen`, `nnx` and `equinox`
+    layers        a state dict taken apart into layers
+    landing       arrays made of tensors
+    conventions   what layers must be made with; `pooling`, averages as torch takes them
+"""

@@ -1,0 +1,183 @@
+"""Resolving: a mapping, a checkpoint and a model made into moves, and all that is wrong collected.
+
+Moves that the user wrote come first. What they leave of a layer goes where a pair of modules says, by the layer rules; a layer without a
+rule gives its tensors to the arrays of the same names and shapes. In the end every array must be filled once, and every tensor be used,
+ignored, or the same memory as one that is used.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from shardconv.errors import Problem
+from shardconv.porting import equinox, linen, nnx
+from shardconv.porting.folding import computed, names, parsed
+from shardconv.porting.landing import gaps
+from shardconv.porting.layers import layers_of
+from shardconv.porting.mapping import Pair, Plan, matched, place_of
+from shardconv.porting.moves import Bound, Move, bound
+from shardconv.porting.rules import Choice, Layer, Table, choices, described, required_zeros
+from shardconv.porting.sizes import ALL, shown
+from shardconv.porting.sources import Weights
+from shardconv.porting.trees import Tree
+
+TABLES = {"linen": linen.TABLE, "nnx": nnx.TABLE, "equinox": equinox.TABLE}
+
+
+@dataclass
+class Resolved:
+    """The moves, the tensors of which a part is known to be zeros that nothing needs, and what is wrong."""
+
+    moves: list[Bound] = field(default_factory=list)
+    zeros: set[str] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def table_of(tree: Tree) -> Table:
+    """The rules for a model; a tree that no library made has the rules of the one whose names it uses."""
+    if tree.library:
+        return TABLES[tree.library]
+    return linen.TABLE if any(name.rpartition(".")[2] in ("kernel", "embedding", "scale") for name in tree.leaves) else equinox.TABLE
+
+
+def resolved(plan: Plan, weights: Weights, tree: Tree) -> Resolved:
+    """The moves of a mapping, with every problem there is."""
+    found = Resolved()
+    shapes = {name: shape for name, shape in weights.shapes.items() if not matched(name, plan.ignore)}
+    for move in plan.moves:
+        try:
+            found.moves.append(bound(move, weights.shapes, tree.shapes))
+        except ValueError as error:
+            found.problems.append(Problem(f"{move.target} = {move}: {error}"))
+    used = {name for move in found.moves for name in read_by(move)}
+    claimed = {name for move in plan.moves for name in _spelt(move, found.moves)}
+    broken = {name for move in plan.moves if move.target not in claimed for name in names(move.expression)}
+    for name, views in layers_of(shapes, weights.kinds).items():
+        left = [_without(view, used | broken) for view in views]
+        placed = place_of(plan.pairs, name)
+        if placed is not None and any(view.tensors for view in left):
+            _place(found, placed, left, weights, tree, claimed)
+    _check_zeros_and_coverage(found, plan, weights, tree, broken)
+    return found
+
+
+def arrays_in(tree: Tree, module: str, claimed: Iterable[str] = ()) -> dict[str, str]:
+    """The arrays of a module of the model: names inside it, with whole names."""
+    prefix, taken = f"{module}." if module else "", set(claimed)
+    return {name.removeprefix(prefix): name for name in tree.leaves if name.startswith(prefix) and name not in taken}
+
+
+def fitting_choices(views: Sequence[Layer], module: str, weights: Weights, tree: Tree, claimed: Iterable[str] = ()) -> list[Choice]:
+    """All ways in which a layer fits a module of the model."""
+    table = table_of(tree)
+    there = tree.classes.get(module)
+    meant = table.classes.get(type(there).__name__, ()) if there is not None else ()
+    found = choices(table, views, arrays_in(tree, module, claimed), weights.shapes, tree.shapes, meant)
+    turned = getattr(there, "transpose_kernel", None)
+    return [choice for choice in found if turned is None or choice.rule.form.startswith(f"transpose_kernel={turned}")]
+
+
+def _place(found: Resolved, placed: tuple[Pair, str], views: list[Layer], weights: Weights, tree: Tree, claimed: set[str]) -> None:
+    """Finds the moves of a layer that has a place in the model."""
+    pair, module = placed
+    if pair.kind:
+        views = [replace(view, kinds=(pair.kind,)) for view in views]
+    ways = fitting_choices(views, module, weights, tree, claimed)
+    ways = [way for way in ways if way.rule.form == pair.form] if pair.form else ways
+    if len(ways) == 1:
+        found.moves += ways[0].moves
+        found.problems += zero_problems(ways[0], weights)
+        found.zeros |= {name for expression, _ in required_zeros(ways[0].rule, ways[0].layer) for name in names(expression)}
+        return
+    if len(ways) > 1:
+        listed = ", or as ".join(way.name for way in ways)
+        remedy = f'say which: "{module}" = "{views[0].name}: {ways[0].name}"'
+        found.problems.append(Problem(f"{described(views[0], weights.shapes)} fits {module} as {listed}", remedy))
+        return
+    moves = alike(views[-1], module, weights, tree)
+    if moves is not None:
+        found.moves += moves
+        return
+    there = arrays_in(tree, module, claimed)
+    arrays = ", ".join(f"{inner} {shown(tree.shapes[name])}" for inner, name in there.items() if inner.count(".") < 2)
+    kind = next((kind for kind in views[0].kinds if kind in table_of(tree).rules), "")
+    lacking = table_of(tree).lacks.get(kind, "")
+    remedy = f"{table_of(tree).library}: {lacking}" if lacking else "make the model's layer like it, or map its arrays one by one"
+    fact = f"{described(views[0], weights.shapes)} does not fit {module or 'the model'} ({arrays or 'which has no arrays'})"
+    found.problems.append(Problem(fact, remedy))
+
+
+def alike(layer: Layer, module: str, weights: Weights, tree: Tree) -> list[Bound] | None:
+    """Moves of a layer without a rule: each tensor to the array of its name and shape; None where one has no such array."""
+    found = []
+    if any(kind in table_of(tree).rules for kind in layer.kinds):
+        return None
+    for inner, expression in layer.tensors.items():
+        name = f"{module}.{inner}".removeprefix(".")
+        if not isinstance(expression, str) or tree.shapes.get(name) != weights.shapes[expression]:
+            return None
+        found.append(bound(Move(expression, ALL, name, ALL), weights.shapes, tree.shapes))
+    return found
+
+
+def zero_problems(choice: Choice, weights: Weights) -> list[Problem]:
+    """What a library has no place for, where it is not zeros."""
+    found = []
+    for expression, zero in required_zeros(choice.rule, choice.layer):
+        values = computed(expression, weights.tensors, ())
+        size = values.shape[0] // (zero.dims.count("|") + 1)
+        if values[zero.part * size : (zero.part + 1) * size].any():
+            found.append(Problem(f"{expression}: its last {size} numbers have no place: {zero.why}"))
+    return found
+
+
+def read_by(move: Bound) -> set[str]:
+    """The tensors that a move reads."""
+    return {name for key, _ in move.source.keys() for name in names(parsed(key))}
+
+
+def coverage_problems(moves: Sequence[Bound], zeros: set[str], plan: Plan, weights: Weights, tree: Tree) -> list[Problem]:
+    """Arrays that are not filled once, and tensors that are not used in full, but for zeros."""
+    remedy = "map it, or make the model without it"
+    found = [Problem(f"{name} {shown(tree.shapes[name])}: {fact}", remedy) for name, fact in gaps(moves, tree.shapes).items()]
+    amounts: dict[str, dict[object, int]] = {}
+    for move in moves:
+        part = [(digit.offset, digit.radix, digit.size) for dim in move.source.dims for digit in dim if digit.size < digit.radix]
+        elements = move.size // max(1, math.prod(move.source.named.values()))
+        for name in read_by(move):
+            amounts.setdefault(name, {})[repr(part)] = elements if part else math.prod(weights.shapes[name])
+    for name, tensor in weights.tensors.items():
+        if matched(name, plan.ignore) or weights.tied.get(name) in amounts or _is_unused(name, amounts):
+            continue
+        took = sum(amounts.get(name, {}).values())
+        if name not in amounts:
+            found.append(Problem(f"{name} {shown(tensor.shape)} goes nowhere", f'map it, or ignore = ["{name}"]'))
+        elif took < tensor.size and name not in zeros:
+            found.append(Problem(f"{name}: {tensor.size - took} of its {tensor.size} elements go nowhere", "map all its parts"))
+    return found
+
+
+def _check_zeros_and_coverage(found: Resolved, plan: Plan, weights: Weights, tree: Tree, broken: set[str]) -> None:
+    """Adds what is missing or left over, but for what another problem is about already."""
+    told = " ".join(problem.fact for problem in found.problems)
+    for problem in coverage_problems(found.moves, found.zeros, plan, weights, tree):
+        name = problem.fact.split()[0].rstrip(":")
+        layer = name.rpartition(".")[0]
+        if name not in broken and name not in told and not (layer and f"{layer} (" in told):
+            found.problems.append(problem)
+
+
+def _is_unused(name: str, amounts: Mapping[str, Any]) -> bool:
+    """Whether a tensor is one that no JAX layer needs: a count beside running statistics that are used."""
+    layer, _, inner = name.rpartition(".")
+    return inner == "num_batches_tracked" and f"{layer}.running_mean".removeprefix(".") in amounts
+
+
+def _without(layer: Layer, used: set[str]) -> Layer:
+    return replace(layer, tensors={inner: expression for inner, expression in layer.tensors.items() if not used & set(names(expression))})
+
+
+def _spelt(move: Move, moves: Sequence[Bound]) -> list[str]:
+    """The arrays that a user's move fills."""
+    return [name for other in moves if other.move is move for name, _ in other.target.keys()]

@@ -1,0 +1,192 @@
+"""Trees: a user's own model, opened into named arrays and put together again.
+
+    Linen     variables as `init` gives them: names are paths without the collection, `BatchNorm_0.mean` for batch_stats/BatchNorm_0/mean
+    NNX       a module, which is updated in place, or a state; random number generators, caches and intermediates are left alone
+    Equinox   a module, or a pair (module, state), or any tree with modules in it; running statistics are named by their layer,
+              `bn.batch_state_index.0`
+    others    any tree of arrays: names are paths
+
+Arrays may be abstract (`jax.eval_shape`, `nnx.eval_shape`, `eqx.filter_eval_shape`): all that is read of them is shape, dtype and sharding,
+and the result has real ones in their place. What is no array, such as an activation function, stays.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+COLLECTIONS = {"params", "batch_stats"}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An array of the model: all that is known before it is filled."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    sharding: Any
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A model's arrays by name, in the model's order; `rebuilt` gives the user's object with other arrays.
+
+    `library` is "linen", "nnx", "equinox" or "", and `classes` those of its modules by name, as far as a tree has modules.
+    """
+
+    library: str
+    leaves: Mapping[str, Leaf]
+    classes: Mapping[str, Any]
+    rebuilt: Callable[[Mapping[str, Array]], Any]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The arrays' shapes."""
+        return {name: leaf.shape for name, leaf in self.leaves.items()}
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype[Any]]:
+        """The arrays' dtypes."""
+        return {name: leaf.dtype for name, leaf in self.leaves.items()}
+
+
+def opened(model: Any) -> Tree:
+    """A model's arrays by name; ValueError where two have one name.
+
+    >>> opened({"params": {"Dense_0": {"kernel": np.zeros((3, 4))}}}).shapes
+    {'Dense_0.kernel': (3, 4)}
+    """
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(model, nnx.Module | nnx.State):
+        return _nnx(nnx, model)
+    equinox = sys.modules.get("equinox")
+    if equinox is not None and _has_modules(equinox, model):
+        return _equinox(equinox, model)
+    linen = isinstance(model, Mapping) and bool(COLLECTIONS & set(model))
+    return _plain(model, "linen" if linen else "", _without_collection if linen else _joined)
+
+
+def _plain(model: Any, library: str, name: Callable[[Any], str]) -> Tree:
+    paths, structure = jax.tree_util.tree_flatten_with_path(model)
+    names = [name(path) if _is_array(leaf) else None for path, leaf in paths]
+    leaves = _named((name, leaf) for name, (_, leaf) in zip(names, paths, strict=True) if name is not None)
+
+    def rebuilt(arrays: Mapping[str, Array]) -> Any:
+        values = [
+            leaf if name is None else placed(arrays[name], leaves[name]) for name, (_, leaf) in zip(names, paths, strict=True)
+        ]
+        return jax.tree_util.tree_unflatten(structure, values)
+
+    return Tree(library, leaves, {}, rebuilt)
+
+
+def _equinox(equinox: ModuleType, model: Any) -> Tree:
+    """Modules by attribute; a state's arrays are named by the module whose index they have."""
+    index_of = {}
+    classes = {}
+
+    def look(path: Any, node: Any) -> None:
+        if isinstance(node, equinox.nn.StateIndex):
+            index_of[node.marker] = path
+        elif isinstance(node, equinox.Module):
+            classes[_joined(path)] = node
+
+    first = model[0] if isinstance(model, tuple) and len(model) == 2 and isinstance(model[1], equinox.nn.State) else None
+    _walk(equinox, (), model if first is None else first, look)
+    states: dict[int, Any] = {}
+    if first is not None:
+        states = {place: index_of.get(marker, ()) for place, marker in enumerate(model[1].tree_flatten()[1])}
+
+    def name(path: Any) -> str:
+        if first is None:
+            return _joined(path)
+        if path[0].idx == 0:
+            return _joined(path[1:])
+        return _joined((*states[path[1].key], *path[2:]))
+
+    tree = _plain(model, "equinox", name)
+    return Tree("equinox", tree.leaves, classes, tree.rebuilt)
+
+
+def _walk(equinox: ModuleType, path: tuple[Any, ...], node: Any, look: Callable[[Any, Any], None]) -> None:
+    """Calls `look` for every module of a tree, with its path."""
+    look(path, node)
+    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)[0]
+    for inner, child in children:
+        if inner and not isinstance(node, equinox.nn.StateIndex):
+            _walk(equinox, (*path, *inner), child, look)
+
+
+def _nnx(nnx: ModuleType, model: Any) -> Tree:
+    state = nnx.state(model) if isinstance(model, nnx.Module) else model
+    kept = (nnx.RngState, nnx.Cache, nnx.Intermediate)
+    flat = [(path, variable) for path, variable in nnx.to_flat_state(state) if not isinstance(variable, kept)]
+    leaves = _named((".".join(map(str, path)), _value(variable)) for path, variable in flat)
+    classes = {}
+    if isinstance(model, nnx.Module):
+        classes = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+
+    def rebuilt(arrays: Mapping[str, Array]) -> Any:
+        filled = {}
+        for path, variable in flat:
+            name = ".".join(map(str, path))
+            array = placed(arrays[name], leaves[name])
+            filled[path] = variable.replace(array) if isinstance(variable, nnx.Variable) else array
+        if isinstance(model, nnx.Module):
+            nnx.update(model, nnx.from_flat_state(filled))
+            return model
+        return nnx.from_flat_state({**dict(nnx.to_flat_state(state)), **filled})
+
+    return Tree("nnx", leaves, classes, rebuilt)
+
+
+def placed(array: Array, leaf: Leaf) -> Any:
+    """An array as JAX has it, where the model had its own."""
+    return jax.numpy.asarray(array) if leaf.sharding is None else jax.device_put(array, leaf.sharding)
+
+
+def _value(variable: Any) -> Any:
+    return variable.get_value() if hasattr(variable, "get_value") else variable
+
+
+def _named(leaves: Iterable[tuple[str, Any]]) -> dict[str, Leaf]:
+    found: dict[str, Leaf] = {}
+    for name, leaf in leaves:
+        if name in found:
+            raise ValueError(f"two arrays of the model are called {name}")
+        sharding = getattr(leaf, "sharding", None)
+        several = sharding is not None and len(getattr(sharding, "device_set", ())) > 1
+        found[name] = Leaf(tuple(leaf.shape), np.dtype(leaf.dtype), sharding if several else None)
+    return found
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _has_modules(equinox: ModuleType, model: Any) -> bool:
+    found = jax.tree_util.tree_leaves(model, is_leaf=lambda node: isinstance(node, equinox.Module | equinox.nn.State))
+    return any(isinstance(node, equinox.Module | equinox.nn.State) for node in found)
+
+
+def _without_collection(path: Any) -> str:
+    keys = list(path[1:])
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey):  # the box of nn.with_partitioning
+        keys = keys[:-1]
+    return _joined(keys)
+
+
+def _joined(path: Iterable[Any]) -> str:
+    """A path of JAX's keys as a dotted name; a state that is still inside its model is named as one beside it."""
+    parts = [next(str(getattr(key, kind)) for kind in ("key", "name", "idx") if hasattr(key, kind)) for key in path]
+    found = []
+    for place, part in enumerate(parts):
+        if not (part == "init" and place and parts[place - 1].endswith(("_index", "batch_counter"))):
+            found.append(part)
+    return ".".join(found)
