@@ -11,7 +11,7 @@ changes the bytes of the checkpoint, so a run may be resumed with other workers 
 import hashlib
 import json
 import os.path
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -134,12 +134,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """The config in a TOML file, with `section.key=value` overrides put over it in order; raises ConfigError with all problems."""
     data = read_toml(path)
     origins, problems = override(data, overrides)
-    _complete(data)
 
     def origin(keys: Keys) -> str:
         said = [text for key, text in origins.items() if key == keys[: len(key)] or keys == key[: len(keys)]]
         return said[-1] if said else path
 
+    return config_of(data, origin, problems)
+
+
+def config_of(data: dict[str, object], origin: Callable[[Keys], str], found: Sequence[Problem] = ()) -> Config:
+    """The config in tables of keys, which are completed; raises ConfigError with all problems, those that were `found` before first.
+
+    `origin` says where a key was written, such as the name of a file.
+    """
+    problems = list(found)
+    _complete(data)
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
