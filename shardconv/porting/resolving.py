@@ -100,6 +100,8 @@ def _place(found: Resolved, placed: tuple[Pair, str], views: list[Layer], weight
         found.moves += moves
         return
     there = arrays_in(tree, module, claimed)
+    if not there and all(name in weights.tied for expression in views[0].tensors.values() for name in names(expression)):
+        return  # the other name of the tensor has a place, or is told of
     arrays = ", ".join(f"{inner} {shown(tree.shapes[name])}" for inner, name in there.items() if inner.count(".") < 2)
     kind = next((kind for kind in views[0].kinds if kind in table_of(tree).rules), "")
     lacking = table_of(tree).lacks.get(kind, "")
@@ -148,7 +150,8 @@ def coverage_problems(moves: Sequence[Bound], zeros: set[str], plan: Plan, weigh
         for name in read_by(move):
             amounts.setdefault(name, {})[repr(part)] = elements if part else math.prod(weights.shapes[name])
     for name, tensor in weights.tensors.items():
-        if matched(name, plan.ignore) or weights.tied.get(name) in amounts or _is_unused(name, amounts):
+        used_elsewhere = any(other in amounts for other in weights.tied.get(name, ()))
+        if matched(name, plan.ignore) or used_elsewhere or _is_unused(name, amounts):
             continue
         took = sum(amounts.get(name, {}).values())
         if name not in amounts:

@@ -19,12 +19,12 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name. `kinds` are the classes of modules, each with those it derives from; `tied` maps a name to that of the tensor
-    before it that is the same memory."""
+    """Tensors by name. `kinds` are the classes of modules, each with those it derives from; `tied` has the names of tensors that are the
+    same memory as others, with these."""
 
     tensors: Mapping[str, Array]
     kinds: Mapping[str, tuple[str, ...]]
-    tied: Mapping[str, str]
+    tied: Mapping[str, tuple[str, ...]]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -49,8 +49,7 @@ def weights_of(source: Any) -> Weights:
         problem = Problem(f"this is a {type(source).__name__}", "for a checkpoint's file: load it first")
         raise ConfigError("convert_module takes a torch.nn.Module or a state dict", [problem])
     tensors: dict[str, Array] = {}
-    tied: dict[str, str] = {}
-    seen: dict[object, str] = {}
+    places: dict[object, list[str]] = {}
     empty = []
     for name, value in source.items():
         is_tensor = torch is not None and isinstance(value, torch.Tensor)
@@ -58,12 +57,11 @@ def weights_of(source: Any) -> Weights:
             empty.append(Problem(f"{name} is on the meta device"))
         elif is_tensor or hasattr(value, "__array__"):
             tensors[name] = array = numpy_of(value) if is_tensor else np.asarray(value)
-            place = (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype)
-            if array.size and place in seen:
-                tied[name] = seen[place]
-            seen.setdefault(place, name)
+            place = (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype) if array.size else name
+            places.setdefault(place, []).append(name)
     if empty:
         raise InputError("the module has no weights", [*empty[:5], Problem(f"{len(empty)} in all", "load the checkpoint into it first")])
+    tied = {name: tuple(other for other in names if other != name) for names in places.values() if len(names) > 1 for name in names}
     return Weights(tensors, kinds, tied)
 
 
