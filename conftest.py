@@ -2,6 +2,11 @@
 
 from importlib.util import find_spec
 
-NEEDS = {"shardconv/interop/views.py": "torch", "tests/user_models.py": "equinox", "tests/porting_layers.py": "equinox", "tests/porting_models.py": "equinox"}
+NEEDS = {
+    "shardconv/interop/views.py": "torch",
+    "tests/porting_layers.py": "equinox",
+    "tests/porting_models.py": "equinox",
+    "tests/user_models.py": "equinox",
+}
 
 collect_ignore = [module for module, library in NEEDS.items() if find_spec(library) is None]
