@@ -6,7 +6,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 # What is offered here and lives above, loaded when asked for: this package is imported by everything, and loads nothing itself.
-OFFERED = {"convert_module": "shardconv.porting.convert", "j2t": "shardconv.interop", "t2j": "shardconv.interop", "torch_in_jax": "shardconv.interop"}
+OFFERED = {
+    "convert_module": "shardconv.porting.convert",
+    "j2t": "shardconv.interop",
+    "load": "shardconv.mesh.loading",
+    "plan_load": "shardconv.mesh.loading",
+    "propose_mapping": "shardconv.porting.convert",
+    "t2j": "shardconv.interop",
+    "torch_in_jax": "shardconv.interop",
+}
 
 
 def __getattr__(name: str) -> Any:

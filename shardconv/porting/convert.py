@@ -1,28 +1,38 @@
-"""`convert_module`: a PyTorch model's parameters onto a user's own JAX model."""
+"""`convert_module`: a PyTorch model's parameters onto a user's own JAX model; `propose_mapping`: which part would go where."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from shardconv.errors import ConfigError, InputError, Problem
+from shardconv.porting.folding import names
 from shardconv.porting.landing import landed
-from shardconv.porting.mapping import read_mapping
-from shardconv.porting.resolving import resolved
-from shardconv.porting.sources import weights_of
-from shardconv.porting.trees import opened
+from shardconv.porting.mapping import Plan, read_mapping
+from shardconv.porting.matching import Proposal, proposed
+from shardconv.porting.moves import Bound
+from shardconv.porting.resolving import Resolved, coverage_problems, resolved, zero_problems
+from shardconv.porting.rules import described, required_zeros
+from shardconv.porting.sources import Weights, weights_of
+from shardconv.porting.trees import Tree, opened
+
+UNFIT = "the checkpoint does not fit the model"
+SHOWN = 5  # places that a message lists
+Agrees = Callable[[Any], bool]
 
 
-def convert_module(source: Any, model: Any, mapping: Any = None, *, ignore: Sequence[str] = ()) -> Any:
+def convert_module(source: Any, model: Any, mapping: Any = None, *, ignore: Sequence[str] = (), agrees: Agrees | None = None) -> Any:
     """The user's model with the parameters of a PyTorch model.
 
     `source` is a torch.nn.Module or its state dict. `model` is Linen's variables, an NNX module or state, an Equinox module or the pair of
     one and its State, or any tree of arrays; it may be abstract. What comes back is the same kind of object with real arrays, in the
     model's dtypes and shardings; an NNX module is updated in place, and it is the same object.
 
-    `mapping` says which part is which (`shardconv.porting.mapping`): a dict, or the path of a TOML file; without one, it is proposed
-    (`shardconv.porting.matching`). `ignore` are patterns of tensors that the model does not need.
+    `mapping` says which part is which (`shardconv.porting.mapping`): a dict, or the path of a TOML file. Without one, it is proposed from
+    layers, shapes and names (`shardconv.porting.matching`), and refused where it is not certain; `agrees`, a function that tells of a
+    converted model whether it computes what PyTorch does, settles what names leave open. `ignore` are patterns of tensors that the model
+    does not need.
 
-    Raises ConfigError where the mapping cannot be read, InputError with everything that is missing, left over or of another shape.
+    Raises ConfigError where the mapping cannot be read, InputError with everything that is missing, left over, open or of another shape.
     Nothing of the model is changed then.
 
     >>> import numpy as np
@@ -31,18 +41,66 @@ def convert_module(source: Any, model: Any, mapping: Any = None, *, ignore: Sequ
     >>> convert_module(state, params, {"Dense_0": "fc"})["params"]["Dense_0"]["kernel"].shape
     (3, 4)
     """
-    weights = weights_of(source)
+    weights, tree = weights_of(source), _opened(model)
+    if mapping is None:
+        found = _certain(weights, tree, _proposed(weights, tree, ignore, agrees), ignore)
+    else:
+        plan = read_mapping(mapping, list(tree.leaves))
+        found = resolved(replace(plan, ignore=(*plan.ignore, *ignore)), weights, tree)
+    if found.problems:
+        raise InputError(UNFIT, found.problems)
+    return tree.rebuilt(_landed(found.moves, weights, tree))
+
+
+def propose_mapping(source: Any, model: Any, *, ignore: Sequence[str] = (), agrees: Agrees | None = None) -> str:
+    """The mapping that `convert_module` would use without one, as TOML: all that is certain, and what is open as comments to complete.
+
+    >>> import numpy as np
+    >>> state = {"fc.weight": np.ones((4, 3), np.float32)}
+    >>> print(propose_mapping(state, {"params": {"Dense_0": {"kernel": np.zeros((3, 4), np.float32)}}}).splitlines()[-1])
+    "Dense_0.kernel" = "fc.weight: o i -> i o"
+    """
+    weights, tree = weights_of(source), _opened(model)
+    return _proposed(weights, tree, ignore, agrees).text(tree, ignore)
+
+
+def _opened(model: Any) -> Tree:
     try:
-        tree = opened(model)
+        return opened(model)
     except ValueError as error:
         raise ConfigError("the model's arrays have no names of their own", [Problem(str(error))]) from None
-    plan = read_mapping(mapping, list(tree.leaves))
-    plan = replace(plan, ignore=(*plan.ignore, *ignore))
-    found = resolved(plan, weights, tree)
-    if found.problems:
-        raise InputError("the checkpoint does not fit the model", found.problems)
+
+
+def _landed(moves: Sequence[Bound], weights: Weights, tree: Tree) -> Any:
     try:
-        arrays = landed(found.moves, weights.tensors, tree.dtypes)
+        return landed(moves, weights.tensors, tree.dtypes)
     except ValueError as error:
-        raise InputError("the checkpoint does not fit the model", [Problem(str(error))]) from None
-    return tree.rebuilt(arrays)
+        raise InputError(UNFIT, [Problem(str(error))]) from None
+
+
+def _proposed(weights: Weights, tree: Tree, ignore: Sequence[str], agrees: Agrees | None) -> Proposal:
+    def tried(moves: list[Bound]) -> bool:
+        return agrees is not None and agrees(tree.copied(_landed(moves, weights, tree)))
+
+    return proposed(weights, tree, ignore, tried if agrees else None)
+
+
+def _certain(weights: Weights, tree: Tree, proposal: Proposal, ignore: Sequence[str]) -> Resolved:
+    """A proposal as moves, with a problem for all that it leaves open."""
+    found = Resolved(moves=proposal.moves)
+    for choice in filter(None, proposal.choices.values()):
+        found.problems += zero_problems(choice, weights)
+        found.zeros |= {name for expression, _ in required_zeros(choice.rule, choice.layer) for name in names(expression)}
+    plan = Plan(ignore=tuple(ignore))
+    told: set[str] = set()
+    for one in proposal.open:
+        told |= {name for expression in one.layer.tensors.values() for name in names(expression)}
+        places = ", ".join(one.places[:SHOWN]) + (f" and {len(one.places) - SHOWN} more" if len(one.places) > SHOWN else "")
+        said = f"fits {places}" + (", and its name does not say which" if len(one.places) > 1 else "") if places else "fits nothing"
+        found.problems.append(Problem(f"open: {described(one.layer, weights.shapes)} {said}"))
+    problems = coverage_problems(found.moves, found.zeros, plan, weights, tree)
+    found.problems += [problem for problem in problems if problem.fact.split()[0].rstrip(":") not in told]
+    if proposal.open:
+        remedy = "shardconv.propose_mapping gives a file to complete; or pass agrees=, a function that runs the model"
+        found.problems.append(Problem(f"{len(proposal.open)} of {len(proposal.open) + len(proposal.choices)} layers are open", remedy))
+    return found

@@ -16,6 +16,7 @@ What fills an array is a stored tensor, or an *expression* of some, written as a
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Call:
 Expression = str | float | Call
 
 
+@lru_cache(maxsize=1 << 16)
 def parsed(text: str) -> Expression:
     """Reads an expression; ValueError that says what is wrong.
 

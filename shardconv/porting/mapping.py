@@ -73,12 +73,12 @@ def read_mapping(mapping: Any, arrays: Sequence[str]) -> Plan:
     return Plan(tuple(moves), tuple(pairs), tuple(ignore))
 
 
-def written(moves: Sequence[Move], remarks: Mapping[str, Sequence[str]]) -> str:
+def written(moves: Sequence[Move], remarks: Mapping[str, Sequence[str]], ignore: Sequence[str]) -> str:
     """A mapping as a TOML file; `remarks` are lines of comment for the arrays that have no move."""
     by_target: dict[str, list[str]] = {}
     for move in moves:
         by_target.setdefault(move.target, []).append(str(move))
-    lines = [HEAD, "ignore = []", "", "[mapping]"]
+    lines = [HEAD, f"ignore = {toml_value(list(ignore))}", "", "[mapping]"]
     lines += [f"{toml_value(name)} = {toml_value(texts[0] if len(texts) == 1 else texts)}" for name, texts in by_target.items()]
     for name, said in remarks.items():
         lines += ["", *(f"# {line}" for line in said), f'# {toml_value(name)} = ""']

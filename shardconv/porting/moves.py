@@ -34,7 +34,7 @@ class Move:
     to: str
     part: int = 0
     into: int = 0
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def expression(self) -> Expression:

@@ -68,12 +68,14 @@ def arrays_in(tree: Tree, module: str, claimed: Iterable[str] = ()) -> dict[str,
     return {name.removeprefix(prefix): name for name in tree.leaves if name.startswith(prefix) and name not in taken}
 
 
-def fitting_choices(views: Sequence[Layer], module: str, weights: Weights, tree: Tree, claimed: Iterable[str] = ()) -> list[Choice]:
-    """All ways in which a layer fits a module of the model."""
+def fitting_choices(
+    views: Sequence[Layer], module: str, weights: Weights, tree: Tree, claimed: Iterable[str] = (), rare: bool = True
+) -> list[Choice]:
+    """All ways in which a layer fits a module of the model; `rare` is that of `rules.choices`."""
     table = table_of(tree)
     there = tree.classes.get(module)
     meant = table.classes.get(type(there).__name__, ()) if there is not None else ()
-    found = choices(table, views, arrays_in(tree, module, claimed), weights.shapes, tree.shapes, meant)
+    found = choices(table, views, arrays_in(tree, module, claimed), weights.shapes, tree.shapes, meant, rare)
     turned = getattr(there, "transpose_kernel", None)
     return [choice for choice in found if turned is None or choice.rule.form.startswith(f"transpose_kernel={turned}")]
 

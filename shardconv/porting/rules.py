@@ -124,9 +124,11 @@ def fitting(rule: Rule, layer: Layer, arrays: Mapping[str, str], tensors: Shapes
 
     `arrays` may have others, of layers inside this one.
     """
+    mine = {arrays[inner] for inner in rule.targets if inner in arrays}
+    if not mine or used_by(rule, layer) != set(layer.tensors):
+        return None
     moves = moves_of(rule, layer, arrays)
-    mine = {name for inner, name in arrays.items() if inner in rule.targets}
-    if not mine or {move.target for move in moves} != mine or used_by(rule, layer) != set(layer.tensors):
+    if {move.target for move in moves} != mine:
         return None
     try:
         return [bound(move, tensors, model) for move in moves]
@@ -137,15 +139,27 @@ def fitting(rule: Rule, layer: Layer, arrays: Mapping[str, str], tensors: Shapes
 def rules_for(table: Table, layer: Layer, meant: Sequence[str] = ()) -> list[tuple[str, Rule]]:
     """The rules that may be meant, with torch's class: that of the layer, or all where it has none, as far as the model's can be it."""
     kinds = [kind for kind in layer.kinds if kind in table.rules][:1] or list(table.rules)
-    return [(kind, rule) for kind in kinds if not meant or kind in meant for rule in table.rules[kind]]
+    found: dict[tuple[Move, ...], tuple[str, Rule]] = {}
+    for kind in kinds:
+        if not meant or kind in meant:
+            for rule in table.rules[kind]:
+                found.setdefault(rule.rows, (kind, rule))
+    return list(found.values())
 
 
 def choices(
-    table: Table, views: Sequence[Layer], arrays: Mapping[str, str], tensors: Shapes, model: Shapes, meant: Sequence[str] = ()
+    table: Table,
+    views: Sequence[Layer],
+    arrays: Mapping[str, str],
+    tensors: Shapes,
+    model: Shapes,
+    meant: Sequence[str] = (),
+    rare: bool = True,
 ) -> list[Choice]:
     """All that a layer's arrays may be filled by: the rules that fit it, in any of its views, and that do not all move the same.
 
-    `meant` are the torch classes that the model's layer can stand for, if that is known.
+    `meant` are the torch classes that the model's layer can stand for, if that is known. Where neither side's class is, rare rules count
+    if no other fits, or, without `rare`, not at all.
     """
     found: list[Choice] = []
     for view in views:
@@ -155,7 +169,7 @@ def choices(
                 found.append(Choice(kind, rule, view, moves))
     usual = [choice for choice in found if not choice.rule.rare]
     known = any(kind in table.rules for kind in views[0].kinds)
-    return found if meant or known or not usual else usual
+    return found if meant or known or (rare and not usual) else usual
 
 
 def _addresses(moves: Iterable[Bound]) -> list[str]:

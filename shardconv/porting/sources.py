@@ -6,6 +6,7 @@ A module says more: which class each layer is of. A state dict may hold torch te
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Weights:
     kinds: Mapping[str, tuple[str, ...]]
     tied: Mapping[str, tuple[str, ...]]
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors' shapes."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}

@@ -13,6 +13,7 @@ and the result has real ones in their place. What is no array, such as an activa
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +36,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Tree:
-    """A model's arrays by name, in the model's order; `rebuilt` gives the user's object with other arrays.
+    """A model's arrays by name, in the model's order; `rebuilt` gives the user's object with other arrays, `copied` always a new one.
 
     `library` is "linen", "nnx", "equinox" or "", and `classes` those of its modules by name, as far as a tree has modules.
     """
@@ -44,8 +45,9 @@ class Tree:
     leaves: Mapping[str, Leaf]
     classes: Mapping[str, Any]
     rebuilt: Callable[[Mapping[str, Array]], Any]
+    copied: Callable[[Mapping[str, Array]], Any]
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The arrays' shapes."""
         return {name: leaf.shape for name, leaf in self.leaves.items()}
@@ -83,7 +85,7 @@ def _plain(model: Any, library: str, name: Callable[[Any], str]) -> Tree:
         ]
         return jax.tree_util.tree_unflatten(structure, values)
 
-    return Tree(library, leaves, {}, rebuilt)
+    return Tree(library, leaves, {}, rebuilt, rebuilt)
 
 
 def _equinox(equinox: ModuleType, model: Any) -> Tree:
@@ -111,7 +113,7 @@ def _equinox(equinox: ModuleType, model: Any) -> Tree:
         return _joined((*states[path[1].key], *path[2:]))
 
     tree = _plain(model, "equinox", name)
-    return Tree("equinox", tree.leaves, classes, tree.rebuilt)
+    return Tree("equinox", tree.leaves, classes, tree.rebuilt, tree.copied)
 
 
 def _walk(equinox: ModuleType, path: tuple[Any, ...], node: Any, look: Callable[[Any, Any], None]) -> None:
@@ -132,18 +134,23 @@ def _nnx(nnx: ModuleType, model: Any) -> Tree:
     if isinstance(model, nnx.Module):
         classes = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
 
-    def rebuilt(arrays: Mapping[str, Array]) -> Any:
-        filled = {}
+    def filled(arrays: Mapping[str, Array]) -> Any:
+        found = {}
         for path, variable in flat:
             name = ".".join(map(str, path))
             array = placed(arrays[name], leaves[name])
-            filled[path] = variable.replace(array) if isinstance(variable, nnx.Variable) else array
-        if isinstance(model, nnx.Module):
-            nnx.update(model, nnx.from_flat_state(filled))
-            return model
-        return nnx.from_flat_state({**dict(nnx.to_flat_state(state)), **filled})
+            found[path] = variable.replace(array) if isinstance(variable, nnx.Variable) else array
+        return found
 
-    return Tree("nnx", leaves, classes, rebuilt)
+    def copied(arrays: Mapping[str, Array]) -> Any:
+        whole = nnx.from_flat_state({**dict(nnx.to_flat_state(state)), **filled(arrays)})
+        return nnx.merge(nnx.graphdef(model), whole) if isinstance(model, nnx.Module) else whole
+
+    def updated(arrays: Mapping[str, Array]) -> Any:
+        nnx.update(model, nnx.from_flat_state(filled(arrays)))
+        return model
+
+    return Tree("nnx", leaves, classes, updated if isinstance(model, nnx.Module) else copied, copied)
 
 
 def placed(array: Array, leaf: Leaf) -> Any:
