@@ -153,8 +153,16 @@ class Judge:
         for folder, who in believed(case):
             places = {case.checkpoint: (self.new, self.earlier), case.aside: (self.new,), case.replaced: (self.earlier,)}
             here = [place for place in places if folder in (place, place / case.item) or (case.step and folder == place.parent)]
+            if folder in case.stages() and self._is_whole(folder):
+                continue  # all of it is there, below a name that says that it is not for use yet
             if not any(old and not self._differ(case, place, old) for place in here for old in places[place]):
                 yield f"{os.path.relpath(folder, case.root)} is taken for complete by {who}"
+
+    def _is_whole(self, folder: Path) -> bool:
+        try:
+            return _arrays(folder) == self.new.arrays
+        except Exception:  # noqa: BLE001  as below
+            return False
 
     def _lost_earlier(self, case: Case) -> Iterator[str]:
         if self.earlier is not None:

@@ -103,11 +103,11 @@ def strike(running: Running, victim: str, target: psutil.Process) -> None:
 
 def remaining(processes: list[psutil.Process]) -> list[str]:
     """Those that are still there some time after their driver was killed."""
-    agents = {process for process in processes if process.is_running() and process.name() in AGENTS}
-    _, alive = psutil.wait_procs([process for process in processes if process not in agents], timeout=GONE)
+    _, alive = psutil.wait_procs(processes, timeout=GONE)
     found = []
     for process in alive:
         with suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:  # where nobody collects orphans they stay as that
+            gone = process.status() == psutil.STATUS_ZOMBIE  # where nobody collects orphans they stay as that
+            if not gone and process.name() not in AGENTS:
                 found.append(f"{process.name()} (pid {process.pid}) outlives its driver")
     return found
