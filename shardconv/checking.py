@@ -20,7 +20,7 @@ from shardconv.config import Config
 from shardconv.errors import CheckError, ConfigError, Problem
 from shardconv.models.hf import decoder_of
 from shardconv.plan import Plan
-from shardconv.planning import plan_from_config, worker_budget
+from shardconv.planning import budgeted, plan_from_config, worker_budget
 from shardconv.run import Began, Stage
 from shardconv.sinks.paths import final_path
 from shardconv.verify.forwards import require_forward
@@ -51,11 +51,12 @@ def verify(config: Config) -> Json:
     if not os.path.exists(folder):
         remedy = "run `shardconv run CONFIG` first, or correct output.path, output.step and output.item"
         raise ConfigError("there is nothing to verify", [Problem(f"there is no checkpoint at {folder}", remedy)])
-    plan = plan_from_config(config, compare_ends=True)
-    require(config, plan)
     address = os.environ.get("RAY_ADDRESS") or config.workers.address  # as it is for a run
-    with _shown_on_a_terminal() as (progress, enter):
-        return _verdict(config, plan, folder, address, progress, weights=checked, enter=enter)
+    with budgeted(config, "local" if config.check.mode == "logits" else address, verbose=False) as settled:
+        plan = plan_from_config(settled, compare_ends=True)
+        require(settled, plan)
+        with _shown_on_a_terminal() as (progress, enter):
+            return _verdict(settled, plan, folder, address, progress, weights=checked, enter=enter)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 
@@ -18,7 +18,7 @@ from shardconv.errors import ConfigError, ShardconvError
 from shardconv.ledger import Header, Ledger
 from shardconv.page import PAGE, write_page
 from shardconv.plan import Plan
-from shardconv.planning import plan_from_config, worker_budget
+from shardconv.planning import budgeted, plan_from_config, with_budget, worker_budget
 from shardconv.progress import JsonLines, View, watching
 from shardconv.report import Json, figures, print_summary, versions
 from shardconv.run import Note
@@ -46,11 +46,11 @@ def run(config: Config, options: RunOptions) -> Json:
         stages = Stages(view.hear)
         stages.enter("plan")
         previous = None if options.restart else Ledger(state_path(config.output.path)).header()
-        config = _with_budget(config, previous)
-        begun = config if previous is None else _budgeted(config, previous.budget)
-        plan = plan_from_config(begun, compare_ends=True)
-        require(config, plan)
-        drive(request_of(config, options), plan, stages, view.hear, save, _check_of(config, plan, stages))
+        with _with_budget(config, previous, verbose=options.verbosity > 0) as present:
+            begun = present if previous is None else with_budget(present, previous.budget)
+            plan = plan_from_config(begun, compare_ends=True)
+            require(present, plan)
+            drive(request_of(present, options), plan, stages, view.hear, save, _check_of(present, plan, stages))
         _leave_page(found, state_path(config.output.path), view)
     with _errors_as_events(view):
         _show(found, options, view)
@@ -100,16 +100,11 @@ def _show(found: Json, options: RunOptions, view: View) -> None:
         print_summary(found, Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True))
 
 
-def _with_budget(config: Config, previous: Header | None) -> Config:
+def _with_budget(config: Config, previous: Header | None, *, verbose: bool) -> AbstractContextManager[Config]:
     """The config with the memory budget as a number."""
     if config.workers.memory_budget == "auto" and previous is not None:
-        return _budgeted(config, previous.budget)
-    return _budgeted(config, worker_budget(config))
-
-
-def _budgeted(config: Config, budget: int) -> Config:
-    workers = config.workers.model_copy(update={"memory_budget": budget})
-    return config.model_copy(update={"workers": workers})
+        return nullcontext(with_budget(config, previous.budget))
+    return budgeted(config, config.workers.address, verbose=verbose)
 
 
 def request_of(config: Config, options: RunOptions) -> Request:

@@ -1,6 +1,8 @@
 """From a config to a plan: open the source, find the family, bind it, lay it out, plan. Headers only."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 from shardconv.budget import default_budget, this_machine
@@ -75,6 +77,27 @@ def _ends_equal(source: Source, model: Model) -> bool | None:
     if not is_tied(model, source.tensors, None) or not all(key in source.tensors for key in keys):
         return None
     return same_bytes(source.root, source.tensors[keys[0]], source.tensors[keys[1]])
+
+
+@contextmanager
+def budgeted(config: Config, address: str, *, verbose: bool) -> Iterator[Config]:
+    """The config with the memory budget as a number; where it is a share of a cluster's nodes, the cluster stays joined for the block.
+
+    `address` is a Ray cluster's, or "local". Raises RunError for a cluster that cannot be joined.
+    """
+    workers = config.workers
+    if workers.memory_budget != "auto" or workers.executor != "ray" or address == "local" or config.mesh.places:
+        yield with_budget(config, worker_budget(config))
+        return
+    from shardconv.run import nodes, ray
+
+    with ray.connected(address, None, verbose):
+        yield with_budget(config, nodes.shared_budget(nodes.nodes()))
+
+
+def with_budget(config: Config, budget: int) -> Config:
+    """The config with another memory budget."""
+    return config.model_copy(update={"workers": config.workers.model_copy(update={"memory_budget": budget})})
 
 
 def worker_budget(config: Config) -> int:

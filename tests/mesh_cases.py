@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -65,13 +65,13 @@ def checkpoint(config: Mapping[str, Any], directory: Path, code: str = "BF16", b
     return directory
 
 
-def plan_of(directory: Path, layout: str, mesh: str, *, scan: bool = True, dtype: str = "source", rope: str = "auto") -> Plan:
-    """The plan of a checkpoint for one of MESHES, its vocabulary padded to 40."""
+def plan_of(directory: Path, layout: str, mesh: str | MeshRules, *, scan: bool = True, dtype: str = "source", vocab: int = 40) -> Plan:
+    """The plan of a checkpoint for a mesh, or one of MESHES, its vocabulary padded to 40."""
     source = open_source(directory)
     config = source.config or {}
     model = bind(find(config), config)
-    options = PlanOptions(dtype, MeshRules(*MESHES[mesh]), 64 << 20, 1 << 30)
-    return make_plan(source, model, LAYOUTS[layout](model, LayoutOptions(scan, rope, 40, "")), options)
+    options = PlanOptions(dtype, MeshRules(*MESHES[mesh]) if isinstance(mesh, str) else mesh, 64 << 20, 1 << 30)
+    return make_plan(source, model, LAYOUTS[layout](model, LayoutOptions(scan, "auto", vocab, "")), options)
 
 
 def mesh_of(axes: Mapping[str, int]) -> Mesh:
@@ -153,11 +153,3 @@ def some_sharding(dice: Random, shape: tuple[int, ...]) -> NamedSharding:
             left[dim] //= axes[name]
     return NamedSharding(mesh_of(axes), PartitionSpec(*(tuple(entry) for entry in spec)))
 
-
-def cases(families: Iterator[str] | list[str]) -> Iterator[tuple[str, str, bool, str]]:
-    """Every family in every layout, scanned and not, on every mesh."""
-    for family in families:
-        for layout in LAYOUTS:
-            for scan in (True, False):
-                for mesh in MESHES:
-                    yield family, layout, scan, mesh

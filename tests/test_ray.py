@@ -47,6 +47,7 @@ def start(
         count=2,
         address=address,
         source=state,
+        budget=0,
         patience=patience,
         name=lambda unit: f"unit {unit} (leaf, chunk {unit})",
         verbose=False,
@@ -167,7 +168,7 @@ def test_a_client_address_is_refused(state: str) -> None:
 def _run_driver(state: str, work: str) -> "subprocess.Popen[str]":
     program = (
         "from shardconv.run import Patience; from shardconv.run.ray import execute\n"
-        f"for event in execute({state!r}, range(4), work='standin_units:{work}', count=2, address=None, source='/',\n"
+        f"for event in execute({state!r}, range(4), work='standin_units:{work}', count=2, address=None, source='/', budget=0,\n"
         "                     patience=Patience(60, 600), name=str, verbose=False):\n"
         "    print(type(event).__name__, flush=True)\n"
     )

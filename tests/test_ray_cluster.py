@@ -1,23 +1,28 @@
 """The Ray executor on a cluster that it joins: two nodes on this machine."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
+from waiting import wait_for_workers
 
+from shardconv.budget import MIB, MOST
 from shardconv.errors import RunError
 from shardconv.ledger import Ledger
-from shardconv.run import Finished, Patience, Ready, Retried
+from shardconv.run import Finished, Note, Patience, Ready, Retried
 from shardconv.verify.pool import at_work
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from shardconv.run import ray as executor  # noqa: E402
+from shardconv.run.nodes import LEAST, OWN, Node, shared_budget  # noqa: E402
 
 STORE = 80 * 2**20
 
@@ -37,7 +42,7 @@ def state(tmp_path: Path) -> str:
     return ledger.state
 
 
-def start(cluster: Cluster, state: str, work: str, *, count: int | None = None, source: str = "/"):  # type: ignore[no-untyped-def]
+def start(cluster: Cluster, state: str, work: str, *, count: int | None = None, source: str = "/", budget: int = 0):  # type: ignore[no-untyped-def]
     return executor.execute(
         state,
         range(12),
@@ -45,6 +50,7 @@ def start(cluster: Cluster, state: str, work: str, *, count: int | None = None, 
         count=count,
         address=cluster.address,
         source=source,
+        budget=budget,
         patience=Patience(60, 600),
         name=lambda unit: f"unit {unit}",
         verbose=False,
@@ -73,12 +79,12 @@ def test_a_count_under_the_clusters_limits_the_tasks_at_a_time(cluster: Cluster,
 
 def test_the_check_goes_to_all_nodes_of_a_cluster_that_is_left_running(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "_METADATA").write_text("{}")
-    with at_work("ray", 0, cluster.address, str(tmp_path / "_METADATA"), str(tmp_path)) as workers:
+    with at_work("ray", 0, cluster.address, 0, str(tmp_path / "_METADATA"), str(tmp_path)) as workers:
         assert (workers.executor, workers.count) == ("ray", 2)
         assert len({pid for _, pid in workers.answers("standin_questions:pid", [0.5] * 4)} - {os.getpid()}) == 2
     assert not ray.is_initialized()
     with pytest.raises(RunError, match="the cluster cannot do this check"):
-        at_work("ray", 0, cluster.address, str(tmp_path / "_METADATA"), "/no/such/source").__enter__()
+        at_work("ray", 0, cluster.address, 0, str(tmp_path / "_METADATA"), "/no/such/source").__enter__()
     assert not ray.is_initialized()
 
 
@@ -118,3 +124,52 @@ def test_an_address_where_nobody_answers_is_a_report() -> None:
         "      `ray status` on this host tells whether the cluster answers; RAY_AUTH_MODE must be the same on all nodes and here"
     )
     assert time.monotonic() - begun < 10
+
+
+def test_a_node_is_given_as_many_tasks_as_it_has_memory_for_and_one_that_is_too_small_none(cluster: Cluster, state: str) -> None:
+    wide = cluster.add_node(num_cpus=4, memory=1000 * MIB, object_store_memory=STORE)
+    small = cluster.add_node(num_cpus=4, memory=100 * MIB, object_store_memory=STORE)
+    cluster.wait_for_nodes()
+    address = ray._private.services.get_node_ip_address()
+    text = f"node {address} has 100 MiB of memory for tasks, and a worker takes 400 MiB: it gets none"
+    events = start(cluster, state, "only_the_first_ends", budget=400 * MIB - OWN)
+    try:
+        assert next(events) == Note(text)
+        assert next(events) == Ready(4, f"Ray on {cluster.address}")  # one each on the two nodes that were there, two on the wide one
+        assert isinstance(next(events), Finished)
+        wait_for_workers(state, 4, seconds=60)
+        time.sleep(2)  # for a fifth
+        raylets = [parent(pid) for pid in wait_for_workers(state, 4, seconds=1)]
+        assert [raylets.count(node.all_processes["raylet"][0].process.pid) for node in (wide, small)] == [2, 0]
+    finally:
+        events.close()
+        cluster.remove_node(wide)
+        cluster.remove_node(small)
+
+
+def parent(pid: int) -> int:
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def test_a_cluster_that_can_hold_no_task_is_told_before_any_work(cluster: Cluster, state: str) -> None:
+    with pytest.raises(RunError) as caught:
+        list(start(cluster, state, "plain", budget=1 << 50))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "the cluster cannot do this conversion (2 problems):"
+    assert re.fullmatch(r"  node [0-9.]+ has [0-9,]+ MiB of memory for tasks, and a worker takes 1,073,742,016 MiB", lines[1])
+    assert lines[2] == "      set workers.memory_budget to less, or give the node more (`ray start --memory=BYTES`)"
+    assert Ledger(state).finished() == {}
+    assert not ray.is_initialized()
+
+
+def test_with_least_memory_per_cpu_a_node_decides_the_budget_but_not_below_a_chunks_worth() -> None:
+    def node(cpus: int, memory: int) -> Node:
+        return Node("id", "10.0.0.1", "one", cpus, memory)
+
+    assert shared_budget([node(8, 64 * 1024 * MIB), node(8, 16 * 1024 * MIB)]) == 1024 * MIB
+    assert shared_budget([node(2, 1024 * 1024 * MIB)]) == MOST
+    assert shared_budget([node(8, 64 * 1024 * MIB), node(64, 1024 * MIB)]) == LEAST
+    assert shared_budget([]) == LEAST

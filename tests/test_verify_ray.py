@@ -13,12 +13,13 @@ from shardconv.checking import verify
 from shardconv.config import RunOptions
 from shardconv.conversion import run
 from shardconv.errors import RunError
-from shardconv.verify.pool import Workers, answer_of_task, at_work
+from shardconv.verify.pool import CANNOT, Workers, answer_of_task, at_work
 from shardconv.verify.request import Request
 from shardconv.verify.weights import check
 
 ray = pytest.importorskip("ray")
 from shardconv.run import ray as executor  # noqa: E402
+from shardconv.run.nodes import nodes, require_seen  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def started() -> Iterator[None]:
 
 @pytest.fixture
 def workers(started: None) -> Iterator[Workers]:
-    with at_work("ray", 0, None, "", "") as workers:
+    with at_work("ray", 0, None, 0, "", "") as workers:
         yield workers
 
 
@@ -74,9 +75,10 @@ def test_the_verdict_is_that_of_local_workers(started: None, tmp_path: Path) -> 
 
 def test_a_cluster_must_see_both_sides(started: None, tmp_path: Path) -> None:
     (tmp_path / "_METADATA").write_text("{}")
-    executor.require_seen(str(tmp_path / "_METADATA"), str(tmp_path))
+    there = str(tmp_path / "_METADATA")
+    require_seen(nodes(), there, str(tmp_path), CANNOT)
     with pytest.raises(RunError, match=r"the cluster cannot do this check .*\n.* does not see the source /no/such/source"):
-        executor.require_seen(str(tmp_path / "_METADATA"), "/no/such/source")
+        require_seen(nodes(), there, "/no/such/source", CANNOT)
 
 
 def test_a_run_has_one_ray_and_leaves_none(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Running a plan: what an executor is, and what it tells.
 
 An executor is a generator. It is given the state directory, the numbers of the units to do and the name of the function that does one;
-it yields `Ready` once, then `Finished`, `Retried` and `Waiting` as they happen, and closing it stops its workers. `local.execute` is the
-specification; `ray.execute` does the same on a cluster. Nothing but the state directory's path and a unit's number goes to a worker, and
-nothing but a `Finished` of a few hundred bytes comes back: tensors go from the source to the store inside one process.
+it yields `Ready` once, then `Finished`, `Retried`, `Waiting` and `Note` as they happen, and closing it stops its workers. `local.execute`
+is the specification; `ray.execute` does the same on a cluster. Nothing but the state directory's path and a unit's number goes to a worker,
+and nothing but a `Finished` of a few hundred bytes comes back: tensors go from the source to the store inside one process.
 
 A unit is a pure function of the plan that may be tried again: on a worker that died, on a disk that hiccuped, at most `ATTEMPTS` times.
 A report for the user about the source (a file that is short, say) is never tried again: it would say the same.
@@ -87,7 +87,14 @@ class Waiting:
     where: str
 
 
-Event = Ready | Finished | Retried | Waiting
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know."""
+
+    text: str
+
+
+Event = Ready | Finished | Retried | Waiting | Note
 
 
 @dataclass(frozen=True)
@@ -122,15 +129,8 @@ class Sealed:
     peak_rss: int
 
 
-@dataclass(frozen=True)
-class Note:
-    """Something the user should know."""
-
-    text: str
-
-
 # What a run tells whoever watches it.
-Told = Event | Began | Stage | Note
+Told = Event | Began | Stage
 
 
 @dataclass(frozen=True)

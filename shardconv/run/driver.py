@@ -266,6 +266,7 @@ class _Run:
             count=slots,
             address=request.address,
             source=self._plan.source.root,
+            budget=request.budget,
             patience=PATIENCE,
             name=self._name,
             verbose=request.verbose,

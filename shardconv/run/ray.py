@@ -1,4 +1,4 @@
-"""The Ray executor: the same units as stateless tasks, on a Ray started on the spot or on a cluster. The only module that imports ray.
+"""The Ray executor: the same units as stateless tasks, on a Ray started on the spot or on a cluster.
 
 Ray carries control only. A task is given three short strings and returns a few hundred bytes, so Ray's object store stays empty and is kept
 at its minimum. Twice as many tasks as slots are in flight: a worker that is done finds its next unit queued beside it.
@@ -8,34 +8,37 @@ without end when its node runs out of memory cannot turn into a silent hang.
 
 On this machine `address="local"` keeps `ray.init` from joining whatever cluster it finds. The environment of the workers is set on ours
 while Ray starts: a runtime environment would cost 0.6 s more, since Ray's first workers start without it. Ray's processes die with the
-*thread* that started them, so the caller's own thread must start them. On a cluster every node first proves that it sees the state
-directory and the source, and runs the same shardconv.
+*thread* that started them, so the caller's own thread must start them.
+
+On a cluster a task asks for memory as well as for a CPU, and every node is looked at first (`nodes`). Nodes may come and go meanwhile: how
+many tasks are in flight follows what is there, and the units of a node that is lost are done by others.
 """
 
 import logging
 import os
 import pickle
-import secrets
 import signal
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from io import StringIO
 from types import FrameType
 from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import shardconv
 from shardconv.errors import Problem, RunError
-from shardconv.ledger import Ledger, write_atomically
-from shardconv.run import AGAIN, Event, Failed, Failures, Finished, Patience, Ready, Retried, Waiting, attempt, python_path
-from shardconv.run.heartbeat import Pulse, bury
+from shardconv.ledger import Ledger
+from shardconv.run import AGAIN, Event, Failed, Failures, Finished, Note, Patience, Ready, Retried, Waiting, attempt, python_path
+from shardconv.run.heartbeat import Pulse, bury, read_workers
+from shardconv.run.nodes import OWN, Node, first_line, nodes, probe, require_room
 
 OBJECT_STORE = 80 * 2**20  # bytes: Ray refuses less than 75 MiB; its default, 30% of the memory, would be taken from the workers
 TASK_BYTES = 16 * 2**10  # a task's arguments are two paths and names; anything larger means that data went astray
@@ -43,8 +46,8 @@ WAKE = 1.0  # seconds between two looks at the clock while all workers are busy
 # Of these Ray has one each on the machine that started it. Without the first no unit gets a worker and each fails in turn; without the
 # second Ray waits a minute and ends our process.
 SERVERS = ("raylet", "gcs_server")
+CANNOT = "the cluster cannot do this conversion"
 KNOCK = 10.0  # seconds for a host to accept a connection
-PROBE = 60.0  # seconds for a node to answer a probe: a worker's start takes 2, a cold network disk 20
 # Nothing goes to Ray's makers; no warning about a change to come in how Ray hides accelerators. Workers never import jax, and a library
 # that does must not take the accelerators.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "JAX_PLATFORMS": "cpu"}
@@ -58,20 +61,23 @@ def execute(
     count: int | None,
     address: str | None,
     source: str,
+    budget: int,
     patience: Patience,
     name: Callable[[int], str],
     verbose: bool,
 ) -> Generator[Event, None, None]:
     """Do `units` of the plan in `state` as Ray tasks; `address` None starts Ray on this machine with `count` slots.
 
-    On a cluster `count` limits the tasks at a time (None: all CPUs). Raises what `local.execute` raises, and RunError for a cluster that
-    cannot be joined or whose nodes cannot do the work.
+    On a cluster `count` limits the tasks at a time (None: as many as the nodes have CPUs, and memory for workers of `budget` bytes of
+    buffers). Raises what `local.execute` raises, and RunError for a cluster that cannot be joined or whose nodes cannot do the work.
     """
-    started = not ray.is_initialized()
+    started, room = not ray.is_initialized(), 0
     with connected(address, count, verbose):
         if address is not None:
-            _probe(Ledger(state), source)
-        tasks = _Tasks(state, units, work, count, patience, Failures(name), _servers() if address is None else {})
+            room, members = budget + OWN, nodes()
+            yield from map(Note, require_room(members, room, CANNOT))
+            probe(members, Ledger(state), source, CANNOT)
+        tasks = _Tasks(state, units, work, _Slots(count, room), patience, Failures(name), _servers() if address is None else {})
         try:
             yield from tasks.run("this machine" if address is None else address)
         finally:
@@ -85,12 +91,13 @@ def connected(address: str | None, count: int | None, verbose: bool) -> Iterator
     if ray.is_initialized():
         yield
         return
-    try:
-        with _signals_deferred():
-            _start(count or 1, verbose) if address is None else _join(address, verbose)
-        yield
-    finally:
-        ray.shutdown()
+    with nullcontext() if verbose else redirect_stdout(StringIO()):  # where Ray tells at length of a node that it lost
+        try:
+            with _signals_deferred():
+                _start(count or 1, verbose) if address is None else _join(address, verbose)
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _servers() -> dict[str, psutil.Process]:
@@ -172,15 +179,38 @@ class TaskDied(Exception):
     """The process of a task is gone; the message says how."""
 
 
-def slots(count: int | None) -> int:
-    """How many tasks of one CPU the connected Ray does at a time, if `count` allows as many."""
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    return max(1, cpus if count is None else min(cpus, count))
+@dataclass(frozen=True)
+class _Slots:
+    """Tasks at a time: `count` at most, if it is a number; each is promised `memory` bytes, 0 on a Ray of our own."""
+
+    count: int | None
+    memory: int
+
+    def of(self, members: Sequence[Node]) -> int:
+        """How many tasks these nodes do at a time."""
+        held = sum(node.tasks(self.memory) for node in members)
+        return max(1, held if self.count is None else min(held, self.count))
+
+    def window(self, members: Sequence[Node]) -> int:
+        """How many tasks are in flight at a time."""
+        # Ray itself keeps more than it has room for from running at a time, unless the user asks for fewer.
+        many = self.of(members)
+        return 2 * many if many >= sum(node.tasks(self.memory) for node in members) else many
+
+    def task(self, function: Callable[..., Any]) -> Any:
+        """A function of a module as a task. Retries are ours."""
+        return ray.remote(num_cpus=1, memory=self.memory, max_retries=0)(function)
 
 
-def results(function: Callable[..., Any], arguments: Sequence[tuple[object, ...]], count: int | None) -> Iterator[Any]:
+def slots(count: int | None, memory: int) -> int:
+    """How many tasks of one CPU and so much memory the connected Ray does at a time, if `count` allows as many."""
+    return _Slots(count, memory).of(nodes())
+
+
+def results(function: Callable[..., Any], arguments: Sequence[tuple[object, ...]], count: int | None, memory: int) -> Iterator[Any]:
     """What a function of a module makes of each tuple of arguments, as tasks of the connected Ray and as they come; raises TaskDied."""
-    yield from _results(ray.remote(num_cpus=1, max_retries=0)(function), arguments, _window(count))
+    room = _Slots(count, memory)
+    yield from _results(room.task(function), arguments, room.window(nodes()))
 
 
 def result_beside(function: Callable[..., Any], *arguments: object) -> Any:
@@ -204,18 +234,11 @@ def _results(task: Any, arguments: Sequence[tuple[object, ...]], window: int) ->
                 try:
                     found = ray.get(ref)
                 except RayError as error:
-                    raise TaskDied(_first_line(error)) from error
+                    raise TaskDied(first_line(error)) from error
                 yield found
     finally:
         for ref in flying:
             ray.cancel(ref, force=True)
-
-
-def _window(count: int | None) -> int:
-    """How many tasks are in flight at a time."""
-    # Ray itself keeps more than `slots` from running at a time, unless the user asks for fewer than the cluster has.
-    many = slots(count)
-    return 2 * many if many >= int(ray.cluster_resources().get("CPU", 0)) else many
 
 
 class _Tasks:
@@ -224,24 +247,25 @@ class _Tasks:
         state: str,
         units: Sequence[int],
         work: str,
-        count: int | None,
+        room: _Slots,
         patience: Patience,
         failures: Failures,
         servers: Mapping[str, psutil.Process],
     ) -> None:
-        self._state, self._work, self._count, self._servers = state, work, count, servers
+        self._state, self._work, self._room, self._servers = state, work, room, servers
         self._workers = Ledger(state).workers
         self._queue = deque(units)
         self._failures = failures
         self._pulse = Pulse(self._workers, patience)
         self._flying: dict[ray.ObjectRef[Finished | Failed], tuple[int, float]] = {}
-        self._task = ray.remote(num_cpus=1, max_retries=0)(attempt)
-        self._window = _window(count)
+        self._task = room.task(attempt)
+        self._members, self._looked = nodes(), time.monotonic()
 
     def run(self, where: str) -> Iterator[Event]:
-        yield Ready(min(slots(self._count), len(self._queue)), f"Ray on {where}")
+        yield Ready(min(self._room.of(self._members), len(self._queue)), f"Ray on {where}")
         while self._queue or self._flying:
             self._require_servers()
+            yield from self._look_at_nodes()
             self._hand_out()
             done, _ = ray.wait(list(self._flying), num_returns=1, timeout=WAKE)
             self._require_servers()
@@ -260,10 +284,38 @@ class _Tasks:
                 fact = f"its process {name} (pid {server.pid}) is gone"
                 raise RunError("Ray on this machine died", [Problem(fact, f"{AGAIN}; finished units are kept")])
 
+    def _look_at_nodes(self) -> Iterator[Retried]:
+        """A cluster grows and shrinks. To ask a Ray of our own again would block where its server has just died."""
+        if self._servers or time.monotonic() - self._looked < WAKE:
+            return
+        before, self._members, self._looked = self._members, nodes(), time.monotonic()
+        if not set(before) <= set(self._members):
+            yield from self._take_from_the_lost()
+
+    def _take_from_the_lost(self) -> Iterator[Retried]:
+        """What nodes that are gone were doing, and all that nobody has begun, is handed out again.
+
+        A host that vanishes without a word, because its power or its link is cut, leaves Ray waiting for three minutes: for the tasks that
+        ran there, and for all that it had queued there. Ray asks for workers per function, so another one does not wait with them.
+        """
+        self._task = self._room.task(attempt)
+        hosts = {node.host for node in self._members}
+        owners = {worker.unit: worker for worker in read_workers(self._workers)}
+        for ref, (unit, _) in list(self._flying.items()):
+            owner = owners.get(unit)
+            if owner is not None and owner.host in hosts:
+                continue
+            del self._flying[ref]
+            ray.cancel(ref, force=True)
+            if owner is None:
+                self._queue.appendleft(unit)
+            else:
+                bury(self._workers, unit)
+                yield self._fail(Failed(unit, f"its node is lost ({owner.name})", ""))
+
     def _hand_out(self) -> None:
-        if not self._servers:  # a cluster grows and shrinks; to ask a Ray of our own again would block where its server has just died
-            self._window = _window(self._count)
-        while self._queue and len(self._flying) < self._window:
+        window = self._room.window(self._members)
+        while self._queue and len(self._flying) < window:
             unit = self._queue.popleft()
             arguments = (self._work, self._state, unit)
             assert len(pickle.dumps(arguments)) < TASK_BYTES, "tensors never enter Ray"
@@ -276,7 +328,7 @@ class _Tasks:
         except RayError as error:
             owner = bury(self._workers, unit)
             who = "its worker" if owner is None else f"its worker ({owner.name})"
-            outcome = Failed(unit, f"{who} died: {_first_line(error)}", str(error))
+            outcome = Failed(unit, f"{who} died: {first_line(error)}", str(error))
         return self._fail(outcome) if isinstance(outcome, Failed) else outcome
 
     def _look_for_the_silent(self) -> Iterator[Event]:
@@ -299,70 +351,3 @@ class _Tasks:
         event = self._failures.add(failed)
         self._queue.append(failed.unit)
         return event
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-# ----------------------------------------------------------------------------------------------------------------- probe
-
-
-def _probe(ledger: Ledger, source: str) -> None:
-    """Every node of a cluster reads a word from the state directory and looks at the source; raises RunError naming those that cannot."""
-    word = secrets.token_hex(8)
-    path = os.path.join(ledger.state, "probe")
-    write_atomically(path, word, durable=True)
-    try:
-        problems = _ask_nodes(path, word, source)
-    finally:
-        os.unlink(path)
-    if problems:
-        raise RunError("the cluster cannot do this conversion", problems)
-
-
-def require_seen(path: str, source: str) -> None:
-    """Every node of a cluster reads the same file and looks at the source; raises RunError naming those that cannot."""
-    with open(path, encoding="utf-8") as file:
-        problems = _ask_nodes(path, file.read(), source)
-    if problems:
-        raise RunError("the cluster cannot do this check", problems)
-
-
-def _ask_nodes(path: str, word: str, source: str) -> list[Problem]:
-    nodes = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
-    task = ray.remote(num_cpus=0, max_retries=0)(look)
-    asked = {
-        node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path, source) for node in nodes
-    }
-    deadline = time.monotonic() + PROBE
-    return [p for node, ref in asked.items() for p in _judge(nodes[node], ref, deadline, path, word, source)]
-
-
-def look(path: str, source: str) -> tuple[str, bool, str]:
-    """On a node: the word in the file at `path` ("" when there is none), whether the source is there, and our version."""
-    word = ""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            word = file.read()
-    return word, os.path.exists(source), shardconv.__version__
-
-
-def _judge(node: str, ref: "ray.ObjectRef[tuple[str, bool, str]]", deadline: float, path: str, word: str, source: str) -> list[Problem]:
-    try:
-        seen, there, version = ray.get(ref, timeout=max(1.0, deadline - time.monotonic()))
-    except GetTimeoutError:
-        return [Problem(f"node {node} did not answer within {PROBE:.0f} s", "`ray status` shows the nodes; stop the one that hangs")]
-    except RayError as error:
-        return [Problem(f"node {node}: {_first_line(error)}", "install the same shardconv on every node")]
-    problems = []
-    if seen != word:
-        fact = f"node {node} does not see {os.path.dirname(path)}"
-        problems.append(Problem(fact, "put the output on a file system that all nodes share, under the same path"))
-    if not there:
-        problems.append(Problem(f"node {node} does not see the source {source}", "mount it on all nodes under the same path"))
-    if version != shardconv.__version__:
-        fact = f"node {node} has shardconv {version}, this host has {shardconv.__version__}"
-        problems.append(Problem(fact, "install the same version everywhere"))
-    return problems

@@ -29,6 +29,7 @@ ANSWER = "shardconv.verify.pool:answer"
 # No library of a worker may take the accelerators, or more than its own core; and glibc shall not keep a heap for every thread of
 # TensorStore, each as large as its largest read.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+CANNOT = "the cluster cannot do this check"
 AGAIN = "`shardconv verify` checks again; --set workers.memory_budget=SIZE gives it less memory"
 
 
@@ -91,22 +92,26 @@ class Workers:
 
 
 @contextmanager
-def at_work(executor: str, count: int, address: str | None, path: str, source: str) -> Iterator[Workers]:
+def at_work(executor: str, count: int, address: str | None, budget: int, path: str, source: str) -> Iterator[Workers]:
     """Workers until the end of the block: `count` of them, 0 for all that a cluster at `address` has.
 
-    On a cluster every node must see the file `path` and the source. Raises RunError for a cluster that cannot be joined, or cannot do it.
+    On a cluster every node must see the file `path` and the source, and is given as many workers of `budget` bytes of buffers as it holds.
+    Raises RunError for a cluster that cannot be joined, or cannot do it.
     """
     if executor == "local":
         with _Children(count) as children:
             yield Workers(executor, count, children.ask)
         return
-    from shardconv.run import ray
+    from shardconv.run import nodes, ray
 
+    room = 0
     with ray.connected(address, count or None, verbose=False):
         if address is not None:
-            ray.require_seen(path, source)
-        many = ray.slots(count or None)
-        yield Workers(executor, many, lambda function, arguments: _from_tasks(function, arguments, many))
+            room, members = budget + nodes.OWN, nodes.nodes()
+            nodes.require_room(members, room, CANNOT)
+            nodes.require_seen(members, path, source, CANNOT)
+        many = ray.slots(count or None, room)
+        yield Workers(executor, many, lambda function, arguments: _from_tasks(function, arguments, many, room))
 
 
 def answers(function: str, arguments: Sequence[object], workers: int) -> Iterator[tuple[int, Any]]:
@@ -140,12 +145,12 @@ def _failed(fact: str) -> RunError:
     return RunError("the check failed", [Problem(fact, AGAIN)])
 
 
-def _from_tasks(function: str, arguments: Sequence[object], count: int) -> Iterator[Answer]:
+def _from_tasks(function: str, arguments: Sequence[object], count: int, memory: int) -> Iterator[Answer]:
     from shardconv.run import ray
 
     questions = [(function, number, argument) for number, argument in enumerate(arguments)]
     try:
-        yield from ray.results(answer, questions, count)
+        yield from ray.results(answer, questions, count, memory)
     except ray.TaskDied as death:
         raise _failed(f"its worker died: {death}") from None
 

@@ -54,7 +54,7 @@ def check(request: Request) -> Verdict:
     opened.cache_clear()  # what this process has open may be an earlier checkpoint of the same place
     stored = Stored(request.folder)
     where = (os.path.join(stored.folder, METADATA), request.plan.source.root)
-    with at_work(request.executor, request.workers, request.address, *where) as workers:
+    with at_work(request.executor, request.workers, request.address, request.memory, *where) as workers:
         return _Check(request, stored, workers).run()
 
 
