@@ -6,6 +6,7 @@ NEEDS = {
     "shardconv/interop/views.py": "torch",
     "tests/porting_layers.py": "equinox",
     "tests/porting_models.py": "equinox",
+    "tests/torch_models.py": "torch",
     "tests/user_models.py": "equinox",
 }
 

@@ -178,3 +178,6 @@ FOLDS: Mapping[str, Fold] = {
     "masked": Fold(_masked, 2),
     "block_diagonal": Fold(_block_diagonal, 1),
 }
+
+# Functions of which an element of the result is made of the elements in the same place.
+ELEMENTWISE = ("masked", "sum")

@@ -5,14 +5,17 @@ rule gives its tensors to the arrays of the same names and shapes. In the end ev
 ignored, or the same memory as one that is used.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from shardconv.boxes import slices, whole
 from shardconv.errors import Problem
 from shardconv.porting import equinox, linen, nnx
-from shardconv.porting.folding import computed, names, parsed
+from shardconv.porting.folding import ELEMENTWISE, Call, computed, names, parsed
 from shardconv.porting.landing import gaps
 from shardconv.porting.layers import layers_of
 from shardconv.porting.mapping import Pair, Plan, matched, place_of
@@ -21,7 +24,9 @@ from shardconv.porting.rules import Choice, Layer, Table, choices, described, re
 from shardconv.porting.sizes import ALL, shown
 from shardconv.porting.sources import Weights
 from shardconv.porting.trees import Tree
+from shardconv.route import pieces
 
+Array = npt.NDArray[Any]
 TABLES = {"linen": linen.TABLE, "nnx": nnx.TABLE, "equinox": equinox.TABLE}
 
 
@@ -145,21 +150,19 @@ def coverage_problems(moves: Sequence[Bound], zeros: set[str], plan: Plan, weigh
     """Arrays that are not filled once, and tensors that are not used in full, but for zeros."""
     remedy = "map it, or make the model without it"
     found = [Problem(f"{name} {shown(tree.shapes[name])}: {fact}", remedy) for name, fact in gaps(moves, tree.shapes).items()]
-    amounts: dict[str, dict[object, int]] = {}
-    for move in moves:
-        part = [(digit.offset, digit.radix, digit.size) for dim in move.source.dims for digit in dim if digit.size < digit.radix]
-        elements = move.size // max(1, math.prod(move.source.named.values()))
-        for name in read_by(move):
-            amounts.setdefault(name, {})[repr(part)] = elements if part else math.prod(weights.shapes[name])
+    masks = mask_problems(moves, weights)
+    found += [Problem(f"{key}: {fact}", "load the whole checkpoint") for key, fact in masks.items()]
+    broken = {name for key in masks for name in names(parsed(key))}
+    used = places_used(moves, weights)
     for name, tensor in weights.tensors.items():
-        used_elsewhere = any(other in amounts for other in weights.tied.get(name, ()))
-        if matched(name, plan.ignore) or used_elsewhere or _is_unused(name, amounts):
+        used_elsewhere = any(other in used for other in weights.tied.get(name, ()))
+        if matched(name, plan.ignore) or used_elsewhere or _is_unused(name, used) or name in broken:
             continue
-        took = sum(amounts.get(name, {}).values())
-        if name not in amounts:
+        left = tensor.size - int(used[name].sum()) if name in used else tensor.size
+        if name not in used:
             found.append(Problem(f"{name} {shown(tensor.shape)} goes nowhere", f'map it, or ignore = ["{name}"]'))
-        elif took < tensor.size and name not in zeros:
-            found.append(Problem(f"{name}: {tensor.size - took} of its {tensor.size} elements go nowhere", "map all its parts"))
+        elif left and name not in zeros:
+            found.append(Problem(f"{name}: {left} of its {tensor.size} elements go nowhere", "map all its parts"))
     return found
 
 
@@ -171,6 +174,36 @@ def _check_zeros_and_coverage(found: Resolved, plan: Plan, weights: Weights, tre
         layer = name.rpartition(".")[0]
         if name not in broken and name not in told and not (layer and f"{layer} (" in told):
             found.problems.append(problem)
+
+
+def mask_problems(moves: Sequence[Bound], weights: Weights) -> dict[str, str]:
+    """Masks that are none, by the expression that they are in."""
+    found = {}
+    for key in {key for move in moves if "masked(" in move.move.source for key, _ in move.source.keys()}:
+        try:
+            computed(parsed(key), weights.tensors, ())
+        except ValueError as error:
+            found[key] = str(error)
+    return found
+
+
+def places_used(moves: Sequence[Bound], weights: Weights) -> dict[str, Array]:
+    """Of each tensor that is read, which elements are; what a mask takes away counts as read, since nothing is lost with it."""
+    used: dict[str, Array] = {}
+    for move in moves:
+        for name in read_by(move):
+            used.setdefault(name, np.zeros(weights.shapes[name], bool))
+        for _, index in move.target.keys():
+            for piece in pieces(move.target, move.source, index, whole(move.target.shape)):
+                expression = parsed(piece.key)
+                for name in names(expression):
+                    alike = not isinstance(expression, Call) or expression.function in ELEMENTWISE
+                    used[name][slices(piece.box) if alike and used[name].shape == move.source.shape else ...] = True
+                if isinstance(expression, Call) and expression.function == "masked":
+                    away = computed(expression.arguments[1], weights.tensors, ()) == 0
+                    for name in names(expression):
+                        used[name] |= away
+    return used
 
 
 def _is_unused(name: str, amounts: Mapping[str, Any]) -> bool:

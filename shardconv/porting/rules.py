@@ -158,8 +158,8 @@ def choices(
 ) -> list[Choice]:
     """All that a layer's arrays may be filled by: the rules that fit it, in any of its views, and that do not all move the same.
 
-    `meant` are the torch classes that the model's layer can stand for, if that is known. Where neither side's class is, rare rules count
-    if no other fits, or, without `rare`, not at all.
+    `meant` are the torch classes that the model's layer can stand for, if that is known. Where torch's is not, rare rules count only if no
+    other fits, and, without `rare`, only for classes that are meant.
     """
     found: list[Choice] = []
     for view in views:
@@ -169,7 +169,7 @@ def choices(
                 found.append(Choice(kind, rule, view, moves))
     usual = [choice for choice in found if not choice.rule.rare]
     known = any(kind in table.rules for kind in views[0].kinds)
-    return found if meant or known or (rare and not usual) else usual
+    return found if known else usual or (found if rare or meant else [])
 
 
 def _addresses(moves: Iterable[Bound]) -> list[str]:
