@@ -41,10 +41,15 @@ Sample = Annotated[
 Check = Annotated[
     str | None, typer.Option(metavar="CHECK", help='What is compared: "weights", the default, "logits", "all" of both, or "none".')
 ]
+Placement = Annotated[
+    str | None,
+    typer.Option(metavar="WAY", help='"stream", the default, or onto the mesh and written from there: "mesh", "mesh-host", "mesh-device".'),
+]
 Trace = Annotated[bool, typer.Option("--trace", help="If logits differ, find the first part of the first block that does.")]
 Json = Annotated[bool, typer.Option("--json", help="The same as JSON, on stdout.")]
 
 
+NUMBERS = ("check.sample", "workers.max_restarts")
 _TRACED: Mapping[bool, tuple[str, ...]] = {True: ("check.trace=true",), False: ()}
 
 
@@ -67,8 +72,8 @@ def _root(
 
 
 def _said(flags: Mapping[str, str | None]) -> list[str]:
-    """Flags as overrides of the config: TOML strings, so that no address or size is taken for a number; a sample may be one."""
-    numbers = {key for key, value in flags.items() if key == "check.sample" and value is not None and value.isdigit()}
+    """Flags as overrides of the config: TOML strings, so that no address or size is taken for a number; some may be one."""
+    numbers = {key for key, value in flags.items() if key in NUMBERS and value is not None and value.lstrip("-").isdigit()}
     return [f"{key}={value if key in numbers else json.dumps(value)}" for key, value in flags.items() if value is not None]
 
 
@@ -110,9 +115,9 @@ def _echo_json(value: object) -> None:
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Set = None, as_json: Json = False) -> None:
+def plan(config: ConfigPath, overrides: Set = None, placement: Placement = None, as_json: Json = False) -> None:
     """Show what a run would read, write and need; reads headers only and writes nothing."""
-    loaded = load_config(config, overrides or ())
+    loaded = load_config(config, [*(overrides or ()), *_said({"mesh.placement": placement})])
     from shardconv.planning import plan_from_config
 
     found = plan_from_config(loaded)
@@ -130,6 +135,8 @@ def run(
     overrides: Set = None,
     address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help='A Ray cluster; "local" starts one here.')] = None,
     executor: Annotated[Literal["ray", "local"] | None, typer.Option(help="Who does the work.")] = None,
+    placement: Placement = None,
+    max_restarts: Annotated[int | None, typer.Option(metavar="N", help="On a mesh: how often all processes are started again.")] = None,
     check: Check = None,
     sample: Sample = None,
     trace: Trace = False,
@@ -146,6 +153,8 @@ def run(
     flags = {
         "workers.address": address,
         "workers.executor": executor,
+        "workers.max_restarts": None if max_restarts is None else str(max_restarts),
+        "mesh.placement": placement,
         "workers.memory_budget": memory_budget,
         "check.mode": check,
         "check.sample": sample,

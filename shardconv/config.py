@@ -69,6 +69,7 @@ class Config(Section):
         chosen = self.model_dump(mode="json", include={"source", "model", "target", "mesh", "output"})
         del chosen["source"]["path"], chosen["output"]["path"]
         # Which way arrays come onto the mesh changes no byte; whether they do, and how many share it, says how they are cut.
+        del chosen["mesh"]["platform"]
         chosen["mesh"] |= {"placement": "mesh"} if self.mesh.places else {"processes": 1}
         chosen["mesh"]["axes"] = [list(pair) for pair in chosen["mesh"]["axes"].items()]  # the order of mesh axes counts
         return {f"{section}.{key}": value for section, keys in chosen.items() for key, value in keys.items()}

@@ -157,7 +157,11 @@ class MeshSection(Section):
         Expected("a whole number, 1 or more"),
         Field(description="JAX processes that share the mesh where arrays are placed on it, one per host: each has as many devices."),
     ] = 1
-
+    platform: Annotated[
+        Literal["auto", "cpu", "gpu", "tpu"],
+        Expected("a kind of devices", choices=("auto", "cpu", "gpu", "tpu")),
+        Field(description='Whose devices these processes take: "cpu", "gpu" or "tpu"; "auto" takes accelerators where there are any.'),
+    ] = "auto"
     rules: Annotated[
         Mapping[Text, Rule],
         Expected('mesh axes, such as "fsdp", ["fsdp", "tensor"], or "" for none'),

@@ -23,6 +23,7 @@ from shardconv.progress import JsonLines, View, watching
 from shardconv.report import Json, figures, print_summary, versions
 from shardconv.run import Note
 from shardconv.run.driver import Check, Outcome, Stages, drive
+from shardconv.run.gang import MeshRequest
 from shardconv.run.job import Place, state_path
 from shardconv.run.preflight import Request
 from shardconv.sinks.paths import final_path
@@ -124,6 +125,7 @@ def request_of(config: Config, options: RunOptions) -> Request:
         restart=options.restart,
         overwrite=options.overwrite,
         verbose=options.verbosity > 0,
+        mesh=MeshRequest(config.mesh.placement, config.mesh.platform, workers.max_restarts),
     )
 
 

@@ -234,6 +234,8 @@ def plan_json(plan: Plan, *, ocdbt: bool) -> Json:
         "requests": plan.requests,
         "peak_bytes_per_worker": plan.peak_bytes,
         "units": len(plan.units),
+        "windows": len(plan.windows),
+        "processes": plan.processes,
         "largest_unit_bytes": _largest(plan).bytes_written,
         "files_to_write": files_to_write(plan, ocdbt=ocdbt),
         "mesh": {"axes": dict(plan.mesh.axes), "rules": {axis: list(rule) for axis, rule in plan.mesh.rules.items()}},
@@ -324,6 +326,10 @@ def _plan_facts(plan: Plan, *, ocdbt: bool) -> Table:
     facts.add_row("work", f"{len(plan.units)} units, the largest {largest}; about {files_to_write(plan, ocdbt=ocdbt)} files")
     facts.add_row("memory", f"{amount(plan.peak_bytes)} of buffers per worker")
     facts.add_row("mesh", ", ".join(f"{axis} {size}" for axis, size in plan.mesh.axes.items()) or "none: arrays are whole")
+    if plan.windows:
+        most = max(window.stop - window.start for window in plan.windows)
+        said = f"{len(plan.windows)}, of at most {most} arrays on the mesh at once; {plan.processes} processes share it"
+        facts.add_row("windows", said)
     for note in plan.notes:
         facts.add_row("note", note)
     return facts

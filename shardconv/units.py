@@ -20,7 +20,7 @@ READ_GAP = 64 << 10
 
 # A unit is about this fraction of the whole, within these bounds: small enough that workers finish together and little is repeated after
 # a crash, large enough that opening a database and syncing it (some 20 ms) do not show.
-UNITS, UNIT_LEAST, UNIT_MOST = 64, 32 << 20, 1 << 30
+UNITS, UNIT_LEAST, UNIT_MOST = 64, 32 << 20, 256 << 20
 
 
 @dataclass(frozen=True, slots=True)

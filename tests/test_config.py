@@ -91,7 +91,7 @@ def test_defaults(here: Path) -> None:
             "rope": "auto",
             "vocab_size": "source",
         },
-        "mesh": {"axes": {}, "placement": "stream", "processes": 1, "rules": {}},
+        "mesh": {"axes": {}, "placement": "stream", "processes": 1, "platform": "auto", "rules": {}},
         "output": {
             "path": "out",
             "step": "none",
@@ -443,7 +443,7 @@ def test_the_digest_is_of_what_changes_the_checkpoint(here: Path) -> None:
 
 def test_every_key_is_in_the_facts_or_left_out_on_purpose(here: Path) -> None:
     keys = {f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields}
-    left_out = {"source.path", "output.path"} | {key for key in keys if key.startswith(("workers.", "check."))}
+    left_out = {"source.path", "output.path", "mesh.platform"} | {key for key in keys if key.startswith(("workers.", "check."))}
     assert set(load(LEAST).facts()) == keys - left_out
 
 

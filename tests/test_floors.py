@@ -97,6 +97,8 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
         "shardconv.mesh.device",
         "shardconv.mesh.host",
         "shardconv.mesh.loading",
+        "shardconv.run.member",
+        "shardconv.run.window",
         "shardconv.verify",
         "shardconv.models",
         "shardconv.interop",

@@ -246,6 +246,8 @@ class _Run:
         self._sealed = self._await_seal()
 
     def _events(self, pending: Sequence[int]) -> Generator[Event, None, None]:
+        if self._plan.windows:
+            return self._on_mesh(pending)
         request, machine = self._request, this_machine()
         count = request.count or machine.cores
         if request.executor == "local":
@@ -257,8 +259,7 @@ class _Run:
         from shardconv.run import ray
 
         slots = count if request.address is None else request.count or None
-        if self._check is not None:  # it is done by the same workers
-            self._kept.enter_context(ray.connected(request.address, slots, request.verbose))
+        self._keep_ray(slots)
         return ray.execute(
             self._ledger.state,
             pending,
@@ -271,6 +272,34 @@ class _Run:
             name=self._name,
             verbose=request.verbose,
         )
+
+    def _on_mesh(self, pending: Sequence[int]) -> Generator[Event, None, None]:
+        from shardconv.run.on_mesh import on_children, on_ray
+
+        request, processes, state = self._request, self._plan.processes, self._ledger.state
+        if request.executor == "local":
+            return on_children(
+                state, pending, processes=processes, request=request.mesh, patience=PATIENCE, name=self._name, verbose=request.verbose
+            )
+        self._keep_ray(processes)
+        return on_ray(
+            state,
+            pending,
+            processes=processes,
+            address=request.address,
+            source=self._plan.source.root,
+            request=request.mesh,
+            patience=PATIENCE,
+            name=self._name,
+            verbose=request.verbose,
+        )
+
+    def _keep_ray(self, slots: int | None) -> None:
+        """The check is done by the same workers."""
+        if self._check is not None:
+            from shardconv.run import ray
+
+            self._kept.enter_context(ray.connected(self._request.address, slots, self._request.verbose))
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, Ready):

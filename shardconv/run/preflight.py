@@ -19,6 +19,7 @@ from shardconv.budget import format_size
 from shardconv.errors import ConfigError, Problem, RunError
 from shardconv.ledger import Difference, Header, Ledger, SourceMark, differences, refusal
 from shardconv.plan import Plan
+from shardconv.run.gang import MeshRequest
 from shardconv.run.job import Job, Place, load_job
 from shardconv.sinks.chunk_writer import sweep
 from shardconv.sinks.paths import STAGE_SUFFIX, checkpoint_path, create_stage
@@ -35,7 +36,7 @@ class Request:
     """What the user asks for beside the plan.
 
     `settings` are the config's keys that decide bytes of the output; `provenance` goes into the checkpoint; `address` None is a Ray of our
-    own, `count` 0 one worker per core; `budget` is bytes of buffers per worker.
+    own, `count` 0 one worker per core; `budget` is bytes of buffers per worker. `mesh` is how a plan with windows comes onto its mesh.
     """
 
     output: str
@@ -51,6 +52,7 @@ class Request:
     restart: bool
     overwrite: bool
     verbose: bool
+    mesh: MeshRequest
 
 
 @dataclass(frozen=True)

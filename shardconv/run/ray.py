@@ -91,7 +91,8 @@ def connected(address: str | None, count: int | None, verbose: bool) -> Iterator
     if ray.is_initialized():
         yield
         return
-    with nullcontext() if verbose else redirect_stdout(StringIO()):  # where Ray tells at length of a node that it lost
+    # Of a cluster's node that it lost, Ray tells at length on stdout. On this machine nothing is lost, and stdout is the caller's.
+    with nullcontext() if verbose or address is None else redirect_stdout(StringIO()):
         try:
             with _signals_deferred():
                 _start(count or 1, verbose) if address is None else _join(address, verbose)
@@ -107,14 +108,18 @@ def _servers() -> dict[str, psutil.Process]:
 
 def _start(count: int, verbose: bool) -> None:
     with _environment({**QUIET, "PYTHONPATH": python_path()}):
-        ray.init(
-            address="local",
-            num_cpus=count,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE,
-            log_to_driver=verbose,
-            logging_level=logging.WARNING if verbose else logging.ERROR,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=count,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE,
+                log_to_driver=verbose,
+                logging_level=logging.WARNING if verbose else logging.ERROR,
+            )
+        except Exception as error:  # what Ray raises where one of its servers dies as it starts has no class of its own
+            remedy = f"{AGAIN}; finished units are kept; --executor local does the same without Ray"
+            raise RunError("Ray cannot be started on this machine", [Problem(first_line(error), remedy)]) from error
 
 
 def _join(address: str, verbose: bool) -> None:

@@ -29,7 +29,7 @@ from shardconv.sinks.chunk_writer import UnitWriter
 from shardconv.sinks.direct import aligned_empty
 from shardconv.sinks.spec import ArraySpec, StoreOptions
 from shardconv.source import Source, check_unchanged
-from shardconv.values import convert
+from shardconv.values import ValueRule, convert
 
 Array = npt.NDArray[Any]
 
@@ -101,7 +101,7 @@ def do_unit(
                 digests.append((span.leaf, number, xxhash.xxh3_64_hexdigest(raw_view(out).data)))
                 writer.write(spec, box, out)
                 tick(out.nbytes)
-        _require_unchanged(plan.source, reader.touched)
+        require_unchanged(plan.source, reader.touched)
         written = writer.finish()
         read = reader.counts
     return Done(
@@ -122,7 +122,7 @@ def do_unit(
     )
 
 
-def _require_unchanged(source: Source, names: Iterable[str]) -> None:
+def require_unchanged(source: Source, names: Iterable[str]) -> None:
     """Raises InputError where a file that was just read is not, or is no longer, the one that was planned: its bytes may be of both."""
     problems = check_unchanged(source, names)
     if problems:
@@ -142,18 +142,26 @@ def make_box(
         raw_view(out).fill(0)
     for part, piece in leaf_pieces(leaf, box):
         tensor = stored[piece.key]
-        source, shape = dtype_of_code(tensor.dtype).numpy, box_shape(piece.box)
-        moves = part.rule.moves and source == out.dtype
-        if moves and piece.is_plain(out.shape):
-            reader.read(tensor, piece.box, out.reshape(shape))
+        if part.rule.moves and dtype_of_code(tensor.dtype).numpy == out.dtype and piece.is_plain(out.shape):
+            reader.read(tensor, piece.box, out.reshape(box_shape(piece.box)))
             continue
-        # Rows are read into the end of a buffer as wide as the wider dtype and converted to its front, slab by slab, in place.
-        count = math.prod(shape)
-        rows = workspace.array("rows", (count * max(source.itemsize, out.itemsize),), np.dtype(np.uint8))
-        block = rows[rows.size - count * source.itemsize :].view(source).reshape(shape)
-        reader.read(tensor, piece.box, block)
-        if not moves:
-            converted = rows[: count * out.itemsize].view(out.dtype).reshape(shape)
-            convert(block, part.rule, converted)
-            block = converted
-        piece.land(raw_view(block), raw_view(out))
+        piece.land(raw_view(make_rows(part.rule, tensor, piece.box, out.dtype, reader, workspace)), raw_view(out))
+
+
+def make_rows(
+    rule: ValueRule, tensor: StoredTensor, box: Box, dtype: np.dtype[Any], reader: Reader, workspace: Workspace
+) -> Array:
+    """A box of a stored tensor as a rule and a dtype want its values, in the workspace's rows, until these are asked for again.
+
+    Rows are read into the end of a buffer as wide as the wider dtype and converted to its front, slab by slab, in place.
+    """
+    source, shape = dtype_of_code(tensor.dtype).numpy, box_shape(box)
+    count = math.prod(shape)
+    rows = workspace.array("rows", (count * max(source.itemsize, dtype.itemsize),), np.dtype(np.uint8))
+    block: Array = rows[rows.size - count * source.itemsize :].view(source).reshape(shape)
+    reader.read(tensor, box, block)
+    if rule.moves and source == dtype:
+        return block
+    converted: Array = rows[: count * dtype.itemsize].view(dtype).reshape(shape)
+    convert(block, rule, converted)
+    return converted

@@ -1,0 +1,159 @@
+"""One window of arrays on the mesh, in one process: place them, write what this process's devices are to write, let them go.
+
+Every process of the group does the same window at the same time, since the device layout is a collective program. Only then is each on its
+own: a unit is what one device writes, from its own memory, chunk by chunk, through the writer and into the ledger that all executors use.
+An array is placed when any of its units is not recorded yet, so a window that was interrupted costs its reading again and little else.
+"""
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from shardconv.boxes import Box, box_shape, chunk_box, slices
+from shardconv.copying import copy
+from shardconv.dtypes import dtype_named, raw_view
+from shardconv.formats.reading import ReadCounts, Reader
+from shardconv.ledger import Ledger
+from shardconv.mesh.choosing import Way, can_exchange, choose
+from shardconv.placement import device_boxes
+from shardconv.plan import READ_GAP, Leaf, Plan, Unit
+from shardconv.run import Finished
+from shardconv.run.heartbeat import Heartbeat, memory
+from shardconv.run.job import Job
+from shardconv.run.work import Array, Done, Workspace, array_spec, require_unchanged
+from shardconv.sinks.chunk_writer import UnitWriter, discard
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+
+Shard = tuple[Box, Array]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a process keeps from window to window."""
+
+    ledger: Ledger
+    job: Job
+    plan: Plan
+    mesh: "Mesh"
+    heartbeat: Heartbeat
+    workspace: Workspace
+
+
+def do_window(member: Member, placement: str, number: int, pending: Sequence[int]) -> list[Finished]:
+    """Place window `number`, and do those `pending` units of it that are this process's; durable and recorded on return.
+
+    `placement` is "mesh", "mesh-host" or "mesh-device". Raises InputError where the source is not what was planned, RunError where a
+    disk fails.
+    """
+    import jax
+
+    window, plan = member.plan.windows[number], member.plan
+    devices = member.mesh.devices.flat
+    own = [
+        (devices[position], unit)
+        for position, unit in window.units
+        if unit in pending and devices[position].process_index == jax.process_index()
+    ]
+    if own:
+        member.heartbeat.begin(own[0][1])
+    try:
+        arrays, counts = _placed(member, placement, {span.leaf for unit in pending for span in plan.units[unit].spans})
+        done: list[Finished] = []
+        for device, unit in own:
+            member.heartbeat.begin(unit)
+            done.append(_write(member, plan.units[unit], arrays, device, counts if not done else ReadCounts(0, 0, 0)))
+        return done
+    finally:
+        member.heartbeat.end()
+
+
+def _placed(member: Member, placement: str, leaves: set[int]) -> tuple[Mapping[int, "jax.Array"], ReadCounts]:
+    """The leaves on the mesh, and what was read of the source."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from shardconv.mesh import device, host
+
+    plan, arrays = member.plan, {}
+    tile = max(plan.leaves[number].chunk_bytes for number in leaves)
+    with Reader(plan.source.root, coalesce_gap=READ_GAP) as reader:
+        for number in sorted(leaves):
+            leaf = plan.leaves[number]
+            place = device.place if _way(member, placement, leaf) == "device" else host.place
+            sharding = NamedSharding(member.mesh, PartitionSpec(*leaf.spec))
+            arrays[number] = jax.block_until_ready(place(leaf, sharding, plan.source.tensors, reader, member.workspace, tile))
+            member.heartbeat.tick(0)
+        require_unchanged(plan.source, reader.touched)
+        return arrays, reader.counts
+
+
+def _way(member: Member, placement: str, leaf: Leaf) -> Way:
+    """How a leaf comes onto the mesh; all processes come to the same."""
+    if placement == "mesh-host" or not can_exchange(leaf):
+        return "host"
+    if placement == "mesh-device":
+        return "device"
+    boxes: dict[int, list[Box]] = {}
+    for device, box in zip(member.mesh.devices.flat, device_boxes(leaf.shape, leaf.spec, member.plan.mesh), strict=True):
+        boxes.setdefault(device.process_index, []).append(box)
+    return choose(leaf, tuple(boxes.values()), member.plan.source.tensors)
+
+
+def _shard(array: "jax.Array", device: Any) -> Shard:
+    """The box of an array that a device of this process has, and its elements."""
+    shard = next(shard for shard in array.addressable_shards if shard.device == device)
+    box = tuple(side.indices(length)[:2] for side, length in zip(shard.index, array.shape, strict=True))
+    return box, np.asarray(shard.data)
+
+
+def _write(member: Member, unit: Unit, arrays: Mapping[int, "jax.Array"], device: Any, read: ReadCounts) -> Finished:
+    started, cpu = time.perf_counter(), time.process_time()
+    plan, store, stage = member.plan, member.job.store, member.job.place.stage
+    attempt, digests = f"u{unit.number}x{secrets.token_hex(3)}", []
+    turns = cycle(("chunk", "other chunk"))
+    with UnitWriter(stage, attempt, store, member.workspace.scratch) as writer:
+        for span in unit.spans:
+            leaf = plan.leaves[span.leaf]
+            corner, data = _shard(arrays[span.leaf], device)
+            for number in range(span.start, span.stop):
+                box = chunk_box(leaf.shape, leaf.chunk, number)
+                within = tuple((a - start, b - start) for (a, b), (start, _) in zip(box, corner, strict=True))
+                out = member.workspace.array(next(turns), box_shape(box), dtype_named(leaf.dtype).numpy)
+                copy(raw_view(out), raw_view(data)[slices(within)])
+                digests.append((span.leaf, number, xxhash.xxh3_64_hexdigest(raw_view(out).data)))
+                writer.write(array_spec(leaf), box, out)
+                member.heartbeat.tick(out.nbytes)
+        written = writer.finish()
+    done = Done(
+        unit=unit.number,
+        attempt=attempt,
+        bytes_read=read.bytes_read,
+        bytes_needed=read.bytes_needed,
+        bytes_written=written.bytes_written,
+        requests=read.requests,
+        chunks=written.chunks,
+        files=written.files,
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu,
+        peak_rss=memory()[1],
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        digests=tuple(digests),
+    )
+    winner = str(member.ledger.record(unit.number, asdict(done))["attempt"])
+    if winner != attempt and store.ocdbt:
+        discard(stage, attempt)
+    return Finished(
+        unit.number, winner, done.bytes_read, done.bytes_written, done.requests, done.seconds, done.peak_rss, done.pid, done.host
+    )
