@@ -226,3 +226,39 @@ def test_a_form_that_shapes_leave_open_is_settled_too() -> None:
         found = np.asarray(shardconv.convert_module(up, model, agrees=agrees)["params"]["up"]["kernel"])
         weight = up.up.weight.detach().numpy()
         assert np.array_equal(found, weight.transpose(2, 3, 1, 0) if turned else weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1))
+
+
+# Heads as an axis, and parameters that are no layer's
+
+
+def test_heads_are_an_axis_where_the_model_has_one() -> None:
+    """As in Flax's own attention: a Linear of PyTorch fits by the rank of the kernel."""
+    state = {f"attn.{part}_proj.weight": numbers(6, 8) + place for place, part in enumerate("qkv")}
+    state |= {"attn.o_proj.weight": numbers(8, 6), "attn.q_proj.bias": numbers(6)}
+    flat = {f"attn.{name}.kernel": np.zeros((8, 2, 3), np.float32) for name in ("query", "key", "value")}
+    flat |= {"attn.out.kernel": np.zeros((2, 3, 8), np.float32), "attn.query.bias": np.zeros((2, 3), np.float32)}
+    found = shardconv.convert_module(state, nested(flat))["params"]["attn"]
+    for part, name in zip("qkv", ("query", "key", "value"), strict=True):
+        assert np.array_equal(found[name]["kernel"], state[f"attn.{part}_proj.weight"].reshape(2, 3, 8).transpose(2, 0, 1))
+    assert np.array_equal(found["out"]["kernel"], state["attn.o_proj.weight"].reshape(8, 2, 3).transpose(1, 2, 0))
+    assert np.array_equal(found["query"]["bias"], state["attn.q_proj.bias"].reshape(2, 3))
+
+
+def test_a_parameter_that_is_no_layers_takes_the_side_that_fits() -> None:
+    state = {"up.weight": numbers(5, 3), "norm.weight": numbers(3)}
+    tree = {"up": np.zeros((3, 5), np.float32), "norm": np.zeros(3, np.float32)}
+    found = shardconv.convert_module(state, tree)
+    assert np.array_equal(found["up"], state["up.weight"].T) and np.array_equal(found["norm"], state["norm.weight"])
+
+
+def test_a_square_parameter_may_be_on_either_side() -> None:
+    state, tree = {"up.weight": numbers(4, 4)}, {"up": np.zeros((4, 4), np.float32)}
+    with pytest.raises(InputError) as caught:
+        shardconv.convert_module(state, tree, {"": ""})
+    assert "up (weight (4, 4)) fits up as Linear, input times array, or as Linear, array times input" in str(caught.value)
+    with pytest.raises(InputError, match="1 of 1 layers are open"):
+        shardconv.convert_module(state, tree)
+    for other in (False, True):
+        expected = X @ (state["up.weight"] if other else state["up.weight"].T)
+        found = shardconv.convert_module(state, tree, agrees=lambda tree, y=expected: np.allclose(X @ np.asarray(tree["up"]), y, atol=1e-5))
+        assert np.array_equal(found["up"], state["up.weight"] if other else state["up.weight"].T)

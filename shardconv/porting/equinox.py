@@ -5,6 +5,7 @@ A weight-normalised layer may stay one (`eqx.nn.WeightNorm`), or be folded into 
 
 from dataclasses import replace
 
+from shardconv.porting.linen import BARE
 from shardconv.porting.moves import Move
 from shardconv.porting.nnx import THREE
 from shardconv.porting.rules import Rule, Table, checked, same, spatial
@@ -56,17 +57,17 @@ def conv_transpose(rank: int) -> tuple[Rule, ...]:
 LINEAR = Rule(AFFINE)
 PRELU = (("1", "negative_slope", ""), *(("c", "negative_slope", "c" + " 1" * rank) for rank in (0, 1, 2, 3)))
 RULES = {
-    "Linear": (LINEAR, weight_normed(LINEAR)),
+    "Linear": (LINEAR, weight_normed(LINEAR), *BARE["Linear"]),
     "Conv1D": (Rule((Move("weight", "i o", "weight", "o i"), *same("bias", "bias")), rare=True),),
-    "Embedding": (Rule(AFFINE[:1]),),
+    "Embedding": (Rule(AFFINE[:1]), *BARE["Embedding"]),
     **{f"Conv{rank}d": conv(rank) for rank in (1, 2, 3)},
     **{f"ConvTranspose{rank}d": conv_transpose(rank) for rank in (1, 2, 3)},
     **{f"BatchNorm{rank}d": BATCH_NORM for rank in (1, 2, 3)},
     **{f"InstanceNorm{rank}d": (Rule(AFFINE),) for rank in (1, 2, 3)},
     "SyncBatchNorm": BATCH_NORM,
-    "LayerNorm": (Rule(AFFINE),),
+    "LayerNorm": (Rule(AFFINE), *BARE["LayerNorm"]),
     "GroupNorm": (Rule(AFFINE),),
-    "RMSNorm": (Rule(AFFINE[:1]),),
+    "RMSNorm": (Rule(AFFINE[:1]), *BARE["RMSNorm"]),
     "MultiheadAttention": (Rule(ATTENTION),),
     "LSTM": (Rule(same("weight_ih weight_hh sum(bias_ih,bias_hh)", "weight_ih weight_hh bias")),),
     "GRU": (

@@ -5,8 +5,27 @@ What the layers must be made with is not in the arrays: epsilon (1e-5 is torch's
 
 from shardconv.porting.moves import Move
 from shardconv.porting.rules import Rule, Table, checked, gates, same, spatial
+from shardconv.porting.sizes import ALL
 
 LINEAR = (Move("weight", "o i", "kernel", "i o"), *same("bias", "bias"))
+
+# A Linear whose vectors are heads side by side, as one with heads as an axis: DenseGeneral, and the parts of Flax's attention.
+HEADS_OUT = (
+    Move("weight", "(heads head_dim) embed", "kernel", "embed heads head_dim"),
+    Move("bias", "(heads head_dim)", "bias", "heads head_dim"),
+)
+HEADS_IN = (Move("weight", "embed (heads head_dim)", "kernel", "heads head_dim embed"), *same("bias", "bias"))
+
+# Parameters of a module without layers: the array itself is the weight.
+BARE = {
+    "Linear": (
+        Rule((Move("weight", "o i", "", "i o"),), "input times array"),
+        Rule((Move("weight", "o i", "", "o i"),), "array times input"),
+        Rule((Move("weight", "(heads head_dim) embed", "", "embed heads head_dim"),), "input times array, heads"),
+        Rule((Move("weight", "embed (heads head_dim)", "", "heads head_dim embed"),), "heads times array"),
+    ),
+    **{kind: (Rule((Move("weight", ALL, "", ALL),)),) for kind in ("Embedding", "LayerNorm", "RMSNorm")},
+}
 AFFINE = same("weight bias", "scale bias")
 STATISTICS = same("running_mean running_var", "mean var")
 
@@ -58,17 +77,17 @@ GRU = Rule(
     )
 )
 RULES = {
-    "Linear": (Rule(LINEAR),),
+    "Linear": (Rule(LINEAR), Rule(HEADS_OUT, "heads come out"), Rule(HEADS_IN, "heads go in"), *BARE["Linear"]),
     "Conv1D": (Rule(same("weight bias", "kernel bias"), rare=True),),  # transformers' Linear, with its weight the other way round
-    "Embedding": (Rule(same("weight", "embedding")),),
+    "Embedding": (Rule(same("weight", "embedding")), *BARE["Embedding"]),
     **{f"Conv{rank}d": conv(rank) for rank in (1, 2, 3)},
     **{f"ConvTranspose{rank}d": conv_transpose(rank) for rank in (1, 2, 3)},
     **{f"BatchNorm{rank}d": (Rule(AFFINE + STATISTICS, unused=("num_batches_tracked",)),) for rank in (1, 2, 3)},
     **{f"InstanceNorm{rank}d": (Rule(AFFINE),) for rank in (1, 2, 3)},
     "SyncBatchNorm": (Rule(AFFINE + STATISTICS, unused=("num_batches_tracked",)),),
-    "LayerNorm": (Rule(AFFINE),),
+    "LayerNorm": (Rule(AFFINE), *BARE["LayerNorm"]),
     "GroupNorm": (Rule(AFFINE),),
-    "RMSNorm": (Rule(AFFINE[:1]),),
+    "RMSNorm": (Rule(AFFINE[:1]), *BARE["RMSNorm"]),
     "MultiheadAttention": (Rule(ATTENTION),),
     "LSTM": (LSTM,),
     "GRU": (GRU,),

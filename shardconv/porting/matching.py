@@ -22,7 +22,7 @@ from shardconv.porting.folding import names
 from shardconv.porting.layers import layers_of
 from shardconv.porting.mapping import matched, written
 from shardconv.porting.moves import Bound
-from shardconv.porting.resolving import alike, arrays_in, fitting_choices
+from shardconv.porting.resolving import alike, arrays_in, fitting_choices, table_of
 from shardconv.porting.rules import Choice, Layer
 from shardconv.porting.sources import Weights
 from shardconv.porting.trees import Tree
@@ -129,12 +129,14 @@ def likeness(one: str, other: str) -> float:
 
 def _matcher(weights: Weights, tree: Tree, ignore: Sequence[str]) -> _Matcher:
     modules = list(dict.fromkeys(name[: dot.start()] for name in tree.leaves for dot in re.finditer(r"\.", name)))
+    known = {target.rpartition(".")[2] for rules in table_of(tree).rules.values() for rule in rules for target in rule.targets}
+    bare = [name for name in tree.leaves if name.rpartition(".")[2] not in known]  # arrays that are no layer's
     kept = [name for name in weights.tensors if not matched(name, ignore)]
     views = layers_of(kept, weights.kinds)
     fits: Fits = {}
     chosen: dict[tuple[str, str], Choice] = {}
     misfits: set[object] = set()  # what a layer and a module that do not fit look like: most are many times there
-    looks = {module: _look(module, tree) for module in ["", *modules]}
+    looks = {module: _look(module, tree) for module in ["", *modules, *bare]}
     for layer, seen in views.items():
         found = {}
         own = (seen[0].kinds, tuple((inner, str(weights.shapes[names(one)[0]])) for inner, one in seen[-1].tensors.items()))

@@ -34,6 +34,7 @@ GRU = Rule(
 )
 CLASSES = {
     "Linear": ("Linear", "Conv1D"),
+    "LinearGeneral": ("Linear",),
     "Conv": ("Conv1d", "Conv2d", "Conv3d"),
     "ConvTranspose": ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
     "Embed": ("Embedding",),

@@ -68,8 +68,10 @@ def resolved(plan: Plan, weights: Weights, tree: Tree) -> Resolved:
 
 
 def arrays_in(tree: Tree, module: str, claimed: Iterable[str] = ()) -> dict[str, str]:
-    """The arrays of a module of the model: names inside it, with whole names."""
+    """The arrays of a module of the model: names inside it, with whole names; an array that is no module has itself inside, as ""."""
     prefix, taken = f"{module}." if module else "", set(claimed)
+    if module in tree.leaves:
+        return {} if module in taken else {"": module}
     return {name.removeprefix(prefix): name for name in tree.leaves if name.startswith(prefix) and name not in taken}
 
 

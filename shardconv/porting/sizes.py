@@ -69,10 +69,10 @@ def axes_of(dims: str) -> list[str]:
 def spelled(dims: str, rank: int) -> str:
     """Dims with `...` as one axis for each dim of a tensor.
 
-    >>> spelled("...", 2)
-    'a0 a1'
+    >>> spelled("layers ...", 2)
+    'layers a0 a1'
     """
-    return " ".join(f"a{dim}" for dim in range(rank)) if dims == ALL else dims
+    return dims.replace(ALL, " ".join(f"a{dim}" for dim in range(rank))).strip()
 
 
 def shown(shape: Sequence[int | None]) -> str:
