@@ -1,12 +1,12 @@
 """Host layout: the shards of a leaf are made in the memory of the process whose devices have them, and go to these devices from there.
 
 The shards of one process are seldom apart: two column shards side by side come from the same source rows. So they are joined into few
-boxes, and these are cut into tiles as the source lies, not as the mesh does: a tile is made of whole rows where its box has them whole, and
-is handed out to all the shards that it meets. A process reads each row block once, however its own devices share the leaf. What another
-process has of the same rows, it reads again; `choosing` says when that is too much.
+boxes, and these are cut into tiles as the source lies, not as the mesh does: the rows of a tile are read once, whole where its box has them
+whole, and each shard that the tile meets takes its part of them from memory. A process reads each row block once, however its own devices
+share the leaf. What another process has of the same rows, it reads again; `choosing` says when that is too much.
 
-Memory besides the result: one tile, its source rows, and the shards of one leaf. A device of the CPU takes a shard's memory over as it is;
-for any other the shard is transferred and its memory freed. No array is whole here unless its sharding says so.
+Memory besides the result: the source rows of one tile, and the shards of one leaf. A device of the CPU takes a shard's memory over as it
+is; for any other the shard is transferred and its memory freed. No array is whole here unless its sharding says so.
 """
 
 import math
@@ -20,14 +20,14 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from shardconv.boxes import Box, Interval, box_shape, chunk_box, grid_shape, slices
 from shardconv.chunks import choose_chunk, cut_order
-from shardconv.copying import copy
 from shardconv.dtypes import dtype_named, raw_view
 from shardconv.errors import ConfigError, Problem
 from shardconv.formats import StoredTensor
 from shardconv.formats.reading import Reader
-from shardconv.leaf import Leaf
+from shardconv.leaf import Leaf, leaf_pieces
 from shardconv.placement import merged
-from shardconv.run.work import Workspace, make_box
+from shardconv.route import Piece
+from shardconv.run.work import Workspace, make_box, make_rows
 from shardconv.sinks.direct import aligned_empty
 
 Array = npt.NDArray[Any]
@@ -52,6 +52,8 @@ def place(
     require_held(leaf.dtype)
     devices = boxes_here(leaf.shape, sharding)
     shards = {box: empty(box_shape(box), dtype_named(leaf.dtype).numpy) for box in devices.values()}
+    for shard in shards.values() if leaf.zeros else ():
+        raw_view(shard).fill(0)
     for tile in tiles(leaf, merged(shards), tile_bytes):
         _make(leaf, tile, shards, stored, reader, workspace)
     arrays: dict[jax.Device, jax.Array] = {}
@@ -115,17 +117,24 @@ def tiles(leaf: Leaf, boxes: Sequence[Box], tile_bytes: int) -> Iterator[Box]:
 def _make(
     leaf: Leaf, tile: Box, shards: Mapping[Box, Array], stored: Mapping[str, StoredTensor], reader: Reader, workspace: Workspace
 ) -> None:
-    """Makes one tile and hands it out to the shards that it meets."""
+    """Reads the rows of one tile and hands them out to the shards that it meets."""
     meets = {box: common for box in shards if (common := _common(box, tile)) is not None}
     for box, common in meets.items():
-        part = shards[box][slices(_within(common, box))]
-        if common == tile and part.flags.c_contiguous:  # it is the shard's alone, so it is made in its place
-            make_box(leaf, tile, stored, reader, workspace, part)
+        out = shards[box][slices(_within(common, box))]
+        if common == tile and out.flags.c_contiguous:  # it is the shard's alone, so it is made in its place
+            make_box(leaf, tile, stored, reader, workspace, out)
             return
-    made = workspace.array("tile", box_shape(tile), dtype_named(leaf.dtype).numpy)
-    make_box(leaf, tile, stored, reader, workspace, made)
+    # A piece of what a shard has of the tile lies in one piece of the tile: cut finer, and never across.
+    waiting: dict[tuple[int, str], list[tuple[Piece, Array]]] = {}
     for box, common in meets.items():
-        copy(raw_view(shards[box])[slices(_within(common, box))], raw_view(made)[slices(_within(common, tile))])
+        place = raw_view(shards[box])[slices(_within(common, box))]
+        for part, piece in leaf_pieces(leaf, common):
+            waiting.setdefault((id(part), piece.key), []).append((piece, place))
+    for part, whole in leaf_pieces(leaf, tile):
+        rows = raw_view(make_rows(part.rule, stored[whole.key], whole.box, dtype_named(leaf.dtype).numpy, reader, workspace))
+        for piece, place in waiting[id(part), whole.key]:
+            if _common(piece.box, whole.box) == piece.box:
+                piece.land(rows[slices(_within(piece.box, whole.box))], place)
 
 
 def _common(a: Box, b: Box) -> Box | None:

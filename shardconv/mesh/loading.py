@@ -48,8 +48,8 @@ log = logging.getLogger("shardconv")
 Rules = Mapping[str, str | Sequence[str]]
 Placement = Literal["auto", "host", "device"]
 
-# The largest tile that is made at once: beyond, reads are no faster, and what is copied has long left the cache.
-TILE = 64 << 20
+# The largest tile: beyond, reads are no faster, and rows have long left the cache when they are handed out.
+TILE = 16 << 20
 
 
 @dataclass(frozen=True)
