@@ -187,14 +187,22 @@ def test_stacked_layers_are_addresses_too() -> None:
     for block in blocks:
         y = y + block["fc"](block["norm"](y))
     variables = jax.eval_shape(Scanned().init, KEY, jnp.asarray(x.numpy()))
-    mapping = {
+    spelt = {
         "blocks.fc.kernel": "{layers}.fc.weight: o i -> layers i o",
         "blocks.fc.bias": "{layers}.fc.bias: o -> layers o",
         "blocks.norm.scale": "{layers}.norm.weight: o -> layers o",
         "blocks.norm.bias": "{layers}.norm.bias: o -> layers o",
     }
-    found = np.asarray(Scanned().apply(shardconv.convert_module(blocks, variables, mapping), jnp.asarray(x.numpy())))
-    assert abs(found - y.detach().numpy()).max() < CLOSE
+    by_rule = {"blocks": "{layers}"}
+    for mapping in (spelt, by_rule):
+        found = np.asarray(Scanned().apply(shardconv.convert_module(blocks, variables, mapping), jnp.asarray(x.numpy())))
+        assert abs(found - y.detach().numpy()).max() < CLOSE
+    state = {**blocks.state_dict(), "3.fc.weight": torch.zeros(4, 4), "3.fc.bias": torch.zeros(4)}
+    assert refusal(state, variables, by_rule) == (
+        "the checkpoint does not fit the model (1 problem):\n"
+        "  {layers}.fc, of which there are 4 (weight (4, 4), bias (4)) does not fit blocks.fc (bias (3, 4), kernel (3, 4, 4))\n"
+        "      make the model's layer like it, or map its arrays one by one"
+    )
 
 
 def test_holes_stand_for_numbers_of_modules(tmp_path: Path) -> None:

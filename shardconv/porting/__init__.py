@@ -6,5 +6,9 @@
     rules         layers as moves; the tables are `linen`, `nnx` and `equinox`
     layers        a state dict taken apart into layers
     landing       arrays made of tensors
+    sources       tensors, of a module or a state dict; `trees`, arrays of the user's model and back
+    mapping       what a user says of which part is which; `matching`, what is proposed where nobody does
+    resolving     all of that made into moves, and everything that is wrong
+    convert       `shardconv.convert_module` and `shardconv.propose_mapping`
     conventions   what layers must be made with; `pooling`, averages as torch takes them
 """

@@ -5,6 +5,7 @@
     [mapping]
     "stem.conv" = "conv1"                                      # a layer: the layer rules say the rest
     "blocks.{layers}" = "layer.{layers}"                       # a module: what is in it has the same names on both sides
+    "scanned" = "layer.{layers}"                               # modules stacked: what is in it has a first axis more
     "up" = "up: ConvTranspose2d, transpose_kernel=True"        # a layer whose class nobody else knows
     "head.kernel" = "fc.weight: o (c h w) -> (h w c) o; c=4, h=5"   # an array, by two addresses
     "cell.hi.bias" = "0"                                       # an array of one number
@@ -39,6 +40,30 @@ class Pair:
     there: str
     kind: str = ""
     form: str = ""
+
+    @property
+    def stack(self) -> str:
+        """The axis along which the checkpoint's modules are stacked in the model's; empty where they are not.
+
+        >>> Pair("scanned", "layer.{layers}").stack
+        'layers'
+        """
+        return next((axis for axis in HOLE.findall(self.there) if axis not in HOLE.findall(self.here)), "")
+
+    def match(self, layer: str) -> re.Match[str] | None:
+        """The layer's name, if the pair speaks for it: its numbers, and as the last group what is inside the module."""
+        texts = [re.escape(text) for text in HOLE.sub("\0", self.there).split("\0")]
+        return re.fullmatch("([0-9]+)".join(texts) + (r"(|\..*)" if self.there else "(.*)"), layer, flags=re.DOTALL)
+
+    def template(self, layer: str, name: str) -> str:
+        """A tensor's name with a hole for the number of the module that is stacked.
+
+        >>> Pair("scanned", "layer.{layers}").template("layer.3.fc", "layer.3.fc.weight")
+        'layer.{layers}.fc.weight'
+        """
+        found = self.match(layer)
+        place = HOLE.findall(self.there).index(self.stack) + 1
+        return name if found is None else name[: found.start(place)] + "{" + self.stack + "}" + name[found.end(place) :]
 
 
 @dataclass(frozen=True)
@@ -93,8 +118,7 @@ def place_of(pairs: Sequence[Pair], layer: str) -> tuple[Pair, str] | None:
     """
     best: tuple[int, Pair, str] | None = None
     for pair in pairs:
-        texts = [re.escape(text) for text in HOLE.sub("\0", pair.there).split("\0")]
-        found = re.fullmatch("([0-9]+)".join(texts) + (r"(|\..*)" if pair.there else "(.*)"), layer, flags=re.DOTALL)
+        found = pair.match(layer)
         if found is None or (best is not None and len(pair.there) <= best[0]):
             continue
         here, rest = pair.here, found[found.re.groups].removeprefix(".")

@@ -5,6 +5,7 @@ rule gives its tensors to the arrays of the same names and shapes. In the end ev
 ignored, or the same memory as one that is used.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,11 +16,11 @@ import numpy.typing as npt
 from shardconv.boxes import slices, whole
 from shardconv.errors import Problem
 from shardconv.porting import equinox, linen, nnx
-from shardconv.porting.folding import ELEMENTWISE, Call, computed, names, parsed
+from shardconv.porting.folding import ELEMENTWISE, Call, Expression, computed, names, parsed, renamed
 from shardconv.porting.landing import gaps
 from shardconv.porting.layers import layers_of
 from shardconv.porting.mapping import Pair, Plan, matched, place_of
-from shardconv.porting.moves import Bound, Move, bound
+from shardconv.porting.moves import HOLE, Bound, Move, bound
 from shardconv.porting.rules import Choice, Layer, Table, choices, described, required_zeros
 from shardconv.porting.sizes import ALL, shown
 from shardconv.porting.sources import Weights
@@ -32,9 +33,10 @@ TABLES = {"linen": linen.TABLE, "nnx": nnx.TABLE, "equinox": equinox.TABLE}
 
 @dataclass
 class Resolved:
-    """The moves, the tensors of which a part is known to be zeros that nothing needs, and what is wrong."""
+    """The moves, the tensors of which a part is known to be zeros that nothing needs, what is wrong, and the tensors that this is about."""
 
     moves: list[Bound] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
     zeros: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
 
@@ -58,10 +60,12 @@ def resolved(plan: Plan, weights: Weights, tree: Tree) -> Resolved:
     used = {name for move in found.moves for name in read_by(move)}
     claimed = {name for move in plan.moves for name in _spelt(move, found.moves)}
     broken = {name for move in plan.moves if move.target not in claimed for name in names(move.expression)}
+    stacked: set[str] = set()
     for name, views in layers_of(shapes, weights.kinds).items():
         left = [_without(view, used | broken) for view in views]
         placed = place_of(plan.pairs, name)
-        if placed is not None and any(view.tensors for view in left):
+        if placed is not None and any(view.tensors for view in left) and placed[1] not in stacked:
+            stacked |= {placed[1]} if placed[0].stack else set()
             _place(found, placed, left, weights, tree, claimed)
     _check_zeros_and_coverage(found, plan, weights, tree, broken)
     return found
@@ -76,13 +80,19 @@ def arrays_in(tree: Tree, module: str, claimed: Iterable[str] = ()) -> dict[str,
 
 
 def fitting_choices(
-    views: Sequence[Layer], module: str, weights: Weights, tree: Tree, claimed: Iterable[str] = (), rare: bool = True
+    views: Sequence[Layer],
+    module: str,
+    weights: Weights,
+    tree: Tree,
+    claimed: Iterable[str] = (),
+    rare: bool = True,
+    stack: str = "",
 ) -> list[Choice]:
-    """All ways in which a layer fits a module of the model; `rare` is that of `rules.choices`."""
+    """All ways in which a layer fits a module of the model; `rare` and `stack` are those of `rules.choices`."""
     table = table_of(tree)
     there = tree.classes.get(module)
     meant = table.classes.get(type(there).__name__, ()) if there is not None else ()
-    found = choices(table, views, arrays_in(tree, module, claimed), weights.shapes, tree.shapes, meant, rare)
+    found = choices(table, views, arrays_in(tree, module, claimed), weights.shapes, tree.shapes, meant, rare, stack)
     turned = getattr(there, "transpose_kernel", None)
     return [choice for choice in found if turned is None or choice.rule.form.startswith(f"transpose_kernel={turned}")]
 
@@ -92,7 +102,8 @@ def _place(found: Resolved, placed: tuple[Pair, str], views: list[Layer], weight
     pair, module = placed
     if pair.kind:
         views = [replace(view, kinds=(pair.kind,)) for view in views]
-    ways = fitting_choices(views, module, weights, tree, claimed)
+    one, views = views[0], [_stacked(view, pair) for view in views] if pair.stack else views
+    ways = fitting_choices(views, module, weights, tree, claimed, stack=pair.stack)
     ways = [way for way in ways if way.rule.form == pair.form] if pair.form else ways
     if len(ways) == 1:
         found.moves += ways[0].moves
@@ -101,34 +112,39 @@ def _place(found: Resolved, placed: tuple[Pair, str], views: list[Layer], weight
         return
     if len(ways) > 1:
         listed = ", or as ".join(way.name for way in ways)
-        remedy = f'say which: "{module}" = "{views[0].name}: {ways[0].name}"'
-        found.problems.append(Problem(f"{described(views[0], weights.shapes)} fits {module} as {listed}", remedy))
+        remedy = f'say which: "{module}" = "{one.name}: {ways[0].name}"'
+        found.problems.append(Problem(f"{described(one, weights.shapes)} fits {module} as {listed}", remedy))
         return
-    moves = alike(views[-1], module, weights, tree)
+    moves = alike(views[-1], module, weights, tree, pair.stack)
     if moves is not None:
         found.moves += moves
         return
+    if pair.stack:
+        one = _several(found, one, pair, weights)
     there = arrays_in(tree, module, claimed)
-    if not there and all(name in weights.tied for expression in views[0].tensors.values() for name in names(expression)):
+    if not there and all(name in weights.tied for expression in one.tensors.values() for name in names(expression)):
         return  # the other name of the tensor has a place, or is told of
     arrays = ", ".join(f"{inner} {shown(tree.shapes[name])}" for inner, name in there.items() if inner.count(".") < 2)
     kind = next((kind for kind in views[0].kinds if kind in table_of(tree).rules), "")
     lacking = table_of(tree).lacks.get(kind, "")
     remedy = f"{table_of(tree).library}: {lacking}" if lacking else "make the model's layer like it, or map its arrays one by one"
-    fact = f"{described(views[0], weights.shapes)} does not fit {module or 'the model'} ({arrays or 'which has no arrays'})"
+    fact = f"{described(one, weights.shapes)} does not fit {module or 'the model'} ({arrays or 'which has no arrays'})"
     found.problems.append(Problem(fact, remedy))
 
 
-def alike(layer: Layer, module: str, weights: Weights, tree: Tree) -> list[Bound] | None:
+def alike(layer: Layer, module: str, weights: Weights, tree: Tree, stack: str = "") -> list[Bound] | None:
     """Moves of a layer without a rule: each tensor to the array of its name and shape; None where one has no such array."""
     found = []
     if any(kind in table_of(tree).rules for kind in layer.kinds):
         return None
     for inner, expression in layer.tensors.items():
         name = f"{module}.{inner}".removeprefix(".")
-        if not isinstance(expression, str) or tree.shapes.get(name) != weights.shapes[expression]:
+        if not isinstance(expression, str) or name not in tree.shapes:
             return None
-        found.append(bound(Move(expression, ALL, name, ALL), weights.shapes, tree.shapes))
+        try:
+            found.append(bound(Move(expression, ALL, name, f"{stack} {ALL}".strip()), weights.shapes, tree.shapes))
+        except ValueError:
+            return None
     return found
 
 
@@ -174,7 +190,7 @@ def _check_zeros_and_coverage(found: Resolved, plan: Plan, weights: Weights, tre
     for problem in coverage_problems(found.moves, found.zeros, plan, weights, tree):
         name = problem.fact.split()[0].rstrip(":")
         layer = name.rpartition(".")[0]
-        if name not in broken and name not in told and not (layer and f"{layer} (" in told):
+        if name not in broken | found.told and name not in told and not (layer and f"{layer} (" in told):
             found.problems.append(problem)
 
 
@@ -216,6 +232,23 @@ def _is_unused(name: str, amounts: Mapping[str, Any]) -> bool:
 
 def _without(layer: Layer, used: set[str]) -> Layer:
     return replace(layer, tensors={inner: expression for inner, expression in layer.tensors.items() if not used & set(names(expression))})
+
+
+def _stacked(layer: Layer, pair: Pair) -> Layer:
+    """One of several layers that are stacked, as all of them: with a hole in its tensors' names."""
+    meanings: dict[str, Expression] = {
+        name: pair.template(layer.name, name) for expression in layer.tensors.values() for name in names(expression)
+    }
+    return replace(layer, tensors={inner: renamed(expression, meanings) for inner, expression in layer.tensors.items()})
+
+
+def _several(found: Resolved, one: Layer, pair: Pair, weights: Weights) -> Layer:
+    """The layer as a message has it for all that are stacked with it, which are not told of again."""
+    templates = {pair.template(one.name, name) for expression in one.tensors.values() for name in names(expression)}
+    patterns = [re.compile("[0-9]+".join(map(re.escape, HOLE.sub("{}", template).split("{}")))) for template in templates]
+    alike = [name for name in weights.tensors if any(pattern.fullmatch(name) for pattern in patterns)]
+    found.told |= set(alike)
+    return replace(one, name=f"{pair.template(one.name, one.name)}, of which there are {len(alike) // len(templates)}")
 
 
 def _spelt(move: Move, moves: Sequence[Bound]) -> list[str]:

@@ -98,17 +98,19 @@ def gates(source: str, dims: str, targets: str, to: str) -> tuple[Move, ...]:
     return tuple(Move(source, dims, target, to, part) for part, target in enumerate(targets.split()))
 
 
-def moves_of(rule: Rule, layer: Layer, arrays: Mapping[str, str]) -> list[Move]:
+def moves_of(rule: Rule, layer: Layer, arrays: Mapping[str, str], stack: str = "") -> list[Move]:
     """The rule's moves for this layer, with full names; `arrays` maps names inside the layer to names in the model.
 
-    A row stands for a layer that has all of its tensors; its array need not be there, which `bound` finds out.
+    `stack` is an axis that the arrays have before all others, and the tensors in their names. A row stands for a layer that has all of its
+    tensors; its array need not be there, which `bound` finds out.
     """
     found = []
     for row in rule.rows:
         needed = names(row.expression)
         if all(name in layer.tensors for name in needed):
             source = str(renamed(row.expression, layer.tensors)) if needed else row.source
-            found.append(Move(source, row.dims, arrays.get(row.target, row.target), row.to, row.part, row.into, row.sizes))
+            to = f"{stack} {row.to}".strip()
+            found.append(Move(source, row.dims, arrays.get(row.target, row.target), to, row.part, row.into, row.sizes))
     return found
 
 
@@ -119,7 +121,9 @@ def used_by(rule: Rule, layer: Layer) -> set[str]:
     return found | {name for name in rule.unused if name in layer.tensors}
 
 
-def fitting(rule: Rule, layer: Layer, arrays: Mapping[str, str], tensors: Shapes, model: Shapes) -> list[Bound] | None:
+def fitting(
+    rule: Rule, layer: Layer, arrays: Mapping[str, str], tensors: Shapes, model: Shapes, stack: str = ""
+) -> list[Bound] | None:
     """The rule's moves with their addresses where it fits layer and arrays exactly: nothing is left on either side, and shapes agree.
 
     `arrays` may have others, of layers inside this one.
@@ -127,7 +131,7 @@ def fitting(rule: Rule, layer: Layer, arrays: Mapping[str, str], tensors: Shapes
     mine = {arrays[inner] for inner in rule.targets if inner in arrays}
     if not mine or used_by(rule, layer) != set(layer.tensors):
         return None
-    moves = moves_of(rule, layer, arrays)
+    moves = moves_of(rule, layer, arrays, stack)
     if {move.target for move in moves} != mine:
         return None
     try:
@@ -155,6 +159,7 @@ def choices(
     model: Shapes,
     meant: Sequence[str] = (),
     rare: bool = True,
+    stack: str = "",
 ) -> list[Choice]:
     """All that a layer's arrays may be filled by: the rules that fit it, in any of its views, and that do not all move the same.
 
@@ -164,7 +169,7 @@ def choices(
     found: list[Choice] = []
     for view in views:
         for kind, rule in rules_for(table, view, meant):
-            moves = fitting(rule, view, arrays, tensors, model)
+            moves = fitting(rule, view, arrays, tensors, model, stack)
             if moves is not None and all(_addresses(moves) != _addresses(other.moves) for other in found):
                 found.append(Choice(kind, rule, view, moves))
     usual = [choice for choice in found if not choice.rule.rare]
