@@ -319,7 +319,8 @@ def _plan_facts(plan: Plan, *, ocdbt: bool) -> Table:
     rounds = sum(not leaf.exact for leaf in plan.leaves)
     facts.add_row("source", f"{source.root}: {amount(source.total_bytes)}, {len(source.tensors)} tensors in {len(source.files)} files")
     facts.add_row("target", f"{plan.layout}, {amount(plan.target_bytes)} in {len(plan.leaves)} arrays, {rounds} of which round")
-    reads = f"{amount(plan.bytes_read)} in {plan.requests:,} requests, {_ratio(plan.bytes_read, used):.2f} x what is used"
+    requests = "" if plan.windows else f" in {plan.requests:,} requests"  # on a mesh they depend on who has which devices
+    reads = f"{amount(plan.bytes_read)}{requests}, {_ratio(plan.bytes_read, used):.2f} x what is used"
     facts.add_row("names", "none missing, none unmapped")
     facts.add_row("reads", reads)
     largest = amount(_largest(plan).bytes_written)

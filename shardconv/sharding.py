@@ -17,6 +17,8 @@ from shardconv.errors import Problem
 
 Spec = tuple[None | str | tuple[str, ...], ...]
 
+PADDABLE = "vocab"  # the axis that may be longer than the model's and leave it the same model: target.vocab_size
+
 
 @dataclass(frozen=True)
 class MeshRules:
@@ -92,7 +94,8 @@ class Misfit:
         fact = f"{self.axis} is {self.size} in {places}, which {count} shards along {' and '.join(self.rule)} do not divide"
         sizes = " and ".join(f"mesh.axes.{entry}" for entry in self.rule)
         wanted = f"a divisor of {self.size}" if len(self.rule) == 1 else f"numbers whose product divides {self.size}"
-        return Problem(fact, f'set {sizes} to {wanted}, or mesh.rules.{self.axis} = ""')
+        padded = f", or target.vocab_size = {-(-self.size // count) * count} to pad it" if self.axis == PADDABLE else ""
+        return Problem(fact, f'set {sizes} to {wanted}, or mesh.rules.{self.axis} = ""{padded}')
 
 
 def misfits(address: Address, axes: Axes, mesh: MeshRules) -> list[Misfit]:

@@ -183,6 +183,26 @@ def test_a_process_that_hangs_is_named_and_all_are_started_again(
     assert restored(conversion.out) == streamed
 
 
+def test_a_vocabulary_that_the_mesh_does_not_divide_is_refused_or_padded(tmp_path: Path, source: Path) -> None:
+    three = ("mesh.axes.tensor=3", 'mesh.rules.vocab="tensor"')
+    with pytest.raises(ConfigError) as caught:
+        conversion_of(tmp_path, source, *three, 'mesh.placement="mesh"')
+    assert str(caught.value) == (
+        "the mesh does not divide the arrays (1 problem):\n"
+        "  vocab is 1000 in 2 arrays, which 3 shards along tensor do not divide\n"
+        '      set mesh.axes.tensor to a divisor of 1000, or mesh.rules.vocab = "", or target.vocab_size = 1002 to pad it'
+    )
+    checkpoints = []
+    for name, more in (("streamed", ()), ("placed", ('mesh.placement="mesh"',))):
+        (tmp_path / name).mkdir()
+        conversion = conversion_of(tmp_path / name, source, *three, "target.vocab_size=1002", *more)
+        conversion.drive()
+        checkpoints.append(restored(conversion.out))
+    assert checkpoints[0] == checkpoints[1]
+    assert len(checkpoints[1]["embed"]) == 1002 * 64 * 2
+    assert not any(checkpoints[1]["embed"][1000 * 64 * 2 :])
+
+
 # ------------------------------------------------------------------------------------------------------------ coming together
 
 
@@ -230,8 +250,8 @@ def test_too_few_devices_are_a_report_before_anything_is_read(begun: tuple[str, 
     assert lines == [
         "the devices are not those of the mesh (3 problems):",
         "  the mesh has 4 devices (fsdp 2 x tensor 2), 2 for each of 2 processes",
-        f"  pid {pids[0]} on {host} has 1 devices (cpu)",
-        f"  pid {pids[1]} on {host} has 1 devices (cpu)",
+        f"  pid {pids[0]} on {host} has 1 (cpu)",
+        f"  pid {pids[1]} on {host} has 1 (cpu)",
         "      set mesh.axes to what there is, or mesh.processes so that each process has 4 / processes devices",
     ]
 

@@ -125,7 +125,7 @@ def test_misfits_name_the_axis_the_numbers_and_the_rule() -> None:
     assert found == Misfit("vocab", 100, ("expert",))
     assert found.problem({"q"}, mesh) == Problem(
         "vocab is 100 in q, which 8 shards along expert do not divide",
-        'set mesh.axes.expert to a divisor of 100, or mesh.rules.vocab = ""',
+        'set mesh.axes.expert to a divisor of 100, or mesh.rules.vocab = "", or target.vocab_size = 104 to pad it',
     )
     (found,) = misfits(address("q", "(pair half)", SPLIT), SPLIT, mesh)
     assert found.problem({"q.0", "q.1"}, mesh) == Problem(

@@ -221,7 +221,7 @@ def _require_devices(joined: Mapping[int, Joined], found: Mapping[int, Hello], p
     if not wrong:
         return
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.axes.items())
-    facts = [f"{found[member].name} has {joined[member].own} devices ({joined[member].platform})" for member in wrong]
+    facts = [f"{found[member].name} has {joined[member].own} ({joined[member].platform})" for member in wrong]
     remedy = f"set mesh.axes to what there is, or mesh.processes so that each process has {devices} / processes devices"
     wanted = f"the mesh has {devices} devices ({axes}), {devices // count} for each of {count} processes"
     raise ConfigError("the devices are not those of the mesh", [Problem(wanted), *map(Problem, facts[:-1]), Problem(facts[-1], remedy)])
