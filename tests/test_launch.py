@@ -5,9 +5,11 @@ Nothing here runs Kubernetes, SLURM or gcloud; `launch/README.md` says what has 
 
 import copy
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,7 +152,7 @@ def test_each_rayversion_is_one_that_is_allowed(name: str) -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_sound(name: str) -> None:
     subprocess.run(["bash", "-n", str(LAUNCH / name)], check=True)
-    shellcheck = shutil.which("shellcheck")
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     subprocess.run([shellcheck, str(LAUNCH / name)], check=True)

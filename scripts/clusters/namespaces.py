@@ -100,6 +100,8 @@ def convert(cluster: Nodes, work: Path, source: Path) -> list[dict[str, object]]
     joined = time.time()
     wait_for_unit(work, added, running)
     busy = time.time()
+    while '"retried"' not in events.read_text():  # the unit that was cut off is not finished meanwhile
+        time.sleep(0.1)
     (work / "hold").unlink()
     code = running.wait()
     lines = events.read_text().splitlines()
