@@ -25,7 +25,7 @@ from shardconv.errors import Problem, RunError
 from shardconv.ledger import Ledger, write_atomically
 
 PROBE = 60.0  # seconds for a node to answer a probe: a worker's start takes 2, a cold network disk 20
-# What a worker is before it has a buffer: the interpreter, Ray, NumPy, TensorStore, the plan; measured 120 to 150 MiB.
+# What a worker is beside its buffers: the interpreter, Ray, NumPy, TensorStore, the plan; measured 110 MiB, in the check 132.
 OWN = 192 * MIB
 # With less than three copies of a chunk of 64 MiB and the rows that it is made of, chunks would be smaller than readers want them, and stay
 # so. A node that has less than this per CPU does fewer tasks at a time than it has CPUs.
