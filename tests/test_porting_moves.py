@@ -8,6 +8,7 @@ from shardconv.porting import equinox, linen, nnx
 from shardconv.porting.folding import computed, names, parsed
 from shardconv.porting.landing import gaps, in_dtype, landed
 from shardconv.porting.layers import layers_of
+from shardconv.porting.mapping import Pair, place_of
 from shardconv.porting.moves import Move, bound, read_move
 from shardconv.porting.rules import Layer, choices
 from shardconv.porting.sizes import solved
@@ -174,3 +175,56 @@ def test_sizes_of_a_move_may_be_given() -> None:
     stored = np.arange(60, dtype=np.float32).reshape(5, 12)
     found = landed([move], {"w": stored}, {"x": F32})["x"]
     assert np.array_equal(found, stored.reshape(5, 2, 3, 2).transpose(2, 3, 1, 0).reshape(12, 5))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_longest_pair_that_fits_counts(order: int) -> None:
+    pairs = [Pair("net", ""), Pair("stage{s}", "layer{s}"), Pair("stage{s}.norm{n}", "layer{s}.bn{n}")][::order]
+    found = [place_of(pairs, layer) for layer in ("head", "layer1.conv", "layer1.bn2", "layer10")]
+    assert [place and place[1] for place in found] == ["net.head", "stage1.conv", "stage1.norm2", "stage10"]
+    assert place_of([pair for pair in pairs if pair.there], "layers1.conv") is None
+
+
+# Expressions, against torch
+
+
+def test_weight_norm_is_torchs_along_any_dim() -> None:
+    torch = pytest.importorskip("torch")
+    for dim in (0, 1, None):
+        layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(3, 4, (2, 3)), dim=dim)
+        state = {name: np.asarray(value.detach().numpy() * 1.5) for name, value in layer.state_dict().items()}
+        layer.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+        (views,) = layers_of(state, {}).values()
+        found = computed(views[0].tensors["weight"], state, ())
+        assert abs(found - layer.weight.detach().numpy()).max() < 1e-6
+
+
+def test_spectral_norm_is_torchs_along_any_dim() -> None:
+    torch = pytest.importorskip("torch")
+    for kind in (torch.nn.Conv2d, torch.nn.ConvTranspose2d):
+        layer = torch.nn.utils.parametrizations.spectral_norm(kind(3, 5, 2)).eval()
+        state = {name: value.detach().numpy() for name, value in layer.state_dict().items()}
+        (views,) = layers_of(state, {}).values()
+        found = computed(views[0].tensors["weight"], state, ())
+        assert abs(found - layer.weight.detach().numpy()).max() < 1e-6
+
+
+def test_kernels_are_turned_in_space_alone() -> None:
+    kernel = np.arange(24.0).reshape(1, 2, 3, 4)
+    assert np.array_equal(computed(parsed("flip(k)"), {"k": kernel}, ()), kernel[:, :, ::-1, ::-1])
+
+
+def test_groups_are_blocks_of_one_kernel() -> None:
+    kernel = np.arange(1.0, 13.0).reshape(4, 3)  # two groups: two inputs and three outputs each
+    found = computed(parsed("block_diagonal(k)"), {"k": kernel}, (4, 6))
+    assert np.array_equal(found[:2, :3], kernel[:2]) and np.array_equal(found[2:, 3:], kernel[2:])
+    assert not found[:2, 3:].any() and not found[2:, :3].any()
+    with pytest.raises(ValueError, match="4 inputs and 5 outputs are no groups of 3 outputs"):
+        computed(parsed("block_diagonal(k)"), {"k": kernel}, (4, 5))
+
+
+def test_a_sum_is_rounded_once_and_is_of_equal_shapes() -> None:
+    tensors = {"a": np.float32([1.0, 2.0]), "b": np.float32([2.0**-24, 3.0]), "c": np.float32([1.0])}
+    assert computed(parsed("sum(a, b)"), tensors, ()).tolist() == [1.0, 5.0]
+    with pytest.raises(ValueError, match=r"sum of \(2,\) and \(1,\)"):
+        computed(parsed("sum(a, c)"), tensors, ())
