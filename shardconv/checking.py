@@ -242,4 +242,6 @@ def logit_request_of(config: Config, plan: Plan, folder: str) -> LogitRequest:
         bounds=Bounds(check.max_abs, check.mean_abs, check.max_kl, check.factor),
         trace=check.trace,
         memory=this_machine().available // 2 if check.memory == "auto" else check.memory,
+        files=tuple(plan.source.files),
+        prefix=plan.source.prefix,
     )

@@ -34,6 +34,8 @@ KEPT: Mapping[str, tuple[str, ...]] = {
     "test_mesh_host.py::test_every_leaf_bit_for_bit_and_read_once": ("maxtext-scanned", "flat-unscanned-both"),
     "test_memory.py::test_memory_is_the_budgets_and_not_the_models": ("maxtext",),
     "test_hostile_pickles.py::test_bombs_end_soon_and_in_little_memory": ("10^7 instructions in lists", "10^7 marks"),
+    "test_pytorch_source.py::test_both_sides_think_the_same": (),
+    "test_pytorch_source.py::test_rays_workers_read_pytorch_files": (),
     "test_pytorch_source.py::test_an_interrupted_run_goes_on": ("sharded",),
     "test_porting_examples.py::test_resnet": ("small",),
     "test_porting_examples.py::test_dinov3": ("two layers",),

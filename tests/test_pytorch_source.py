@@ -236,6 +236,27 @@ def test_pytorch_files_become_what_safetensors_become(form: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_both_sides_think_the_same(form: str, tmp_path: Path, source: Path) -> None:
+    pytest.importorskip("transformers")
+    folder, overrides = make_form(form, tmp_path, source)
+    found = run(make_config(tmp_path, folder, "check.mode=all", "check.lengths=[64]", *overrides), OPTIONS)
+    check = found["check"]
+    assert isinstance(check, dict)
+    assert (check["equal"], check["weights"]["equal"], check["logits"]["equal"]) == (True, True, True)
+
+
+def test_rays_workers_read_pytorch_files(tmp_path: Path, source: Path) -> None:
+    pytest.importorskip("ray")
+    folder, _ = make_form("sharded", tmp_path, source)
+    found = run(make_config(tmp_path, folder, "workers.executor=ray", "workers.count=2"), OPTIONS)
+    check = found["check"]
+    assert isinstance(check, dict) and check["equal"]
+    (tmp_path / "twin").mkdir()
+    twin = run(make_config(tmp_path / "twin", source), OPTIONS)
+    assert restored(Path(str(found["checkpoint"]))) == restored(Path(str(twin["checkpoint"])))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_an_interrupted_run_goes_on(form: str, tmp_path: Path, source: Path) -> None:
     folder, overrides = make_form(form, tmp_path, source)
     config = make_config(tmp_path, folder, *overrides)

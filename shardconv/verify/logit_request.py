@@ -38,6 +38,7 @@ class LogitRequest:
     keep (`roundings.roundings`). `forward` is "auto", "torch" for the PyTorch module traced into JAX, or "module:function". The sample is
     random token ids of these `lengths`, chosen by `seed`, and the lines of the file `prompts` if there is one. `trace` asks for the first
     step that departs. `memory` is bytes of arrays that JAX may hold at once: a larger checkpoint goes layer by layer.
+    `files` and `prefix` say where the source's tensors are if transformers would find none.
     """
 
     checkpoint: str
@@ -51,3 +52,5 @@ class LogitRequest:
     bounds: Bounds
     trace: bool
     memory: int
+    files: tuple[str, ...] = ()
+    prefix: str = ""

@@ -51,7 +51,7 @@ def check(request: LogitRequest) -> LogitVerdict:
     """
     start, cpu = time.perf_counter(), time.process_time()
     config = hf_config(request.source)
-    reference = load_reference(request.source, request.roundings)
+    reference = load_reference(request.source, request.roundings, request.files, request.prefix)
     sample = random_sample(reference.architecture.vocab, request.seed, request.lengths)
     if request.prompts is not None:
         sample += prompt_sample(request.prompts, request.source)

@@ -167,13 +167,13 @@ class Head:
         return logits
 
 
-def load_reference(path: str, roundings: Mapping[str, Rounding]) -> Reference:
-    """The source in a directory, to be computed in float32 with eager attention.
+def load_reference(path: str, roundings: Mapping[str, Rounding], files: Sequence[str] = (), prefix: str = "") -> Reference:
+    """The source in a directory, to be computed in float32 with eager attention; `files` and `prefix` are the source's (`published`).
 
     Raises ConfigError without torch or transformers, InputError where there is no decoder of transformers'.
     """
     require_torch()
-    return Reference(apart.architecture(path), Published(path), roundings)
+    return Reference(apart.architecture(path), Published(path, files, prefix), roundings)
 
 
 def batch(sample: Sequence[Tokens]) -> Tokens:

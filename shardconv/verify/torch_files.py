@@ -14,7 +14,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from shardconv.errors import InputError, Problem
 
@@ -46,6 +46,7 @@ INSTRUCTIONS = frozenset(
 _DAMAGES = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
 
 Place = tuple[str, tuple[int, ...], int]
+T = TypeVar("T")
 
 
 class _Tensor(tuple[Any, ...]):
@@ -78,7 +79,7 @@ def places(path: str, prefix: str) -> Iterator[tuple[str, Place]]:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             (top,) = (name[: -len("data.pkl")] for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
             members = {info.filename: info for info in archive.infolist()}
-            state = _state(_load(_bytes(file, members[top + "data.pkl"])), prefix)
+            state = bare(_load(_bytes(file, members[top + "data.pkl"])), prefix, _Tensor)
             for name, tensor in state.items():
                 kind, key, _ = tensor[0]
                 code = str(tensor[6] if len(tensor) > 6 and isinstance(tensor[6], _Kind) else kind)
@@ -154,27 +155,27 @@ def _load(raw: bytes) -> Any:
     return _Shells(io.BytesIO(raw)).load()
 
 
-def _state(found: Any, prefix: str) -> dict[str, _Tensor]:
-    """The tensors by the names that the bare model has."""
+def bare(found: Any, prefix: str, kind: type[T]) -> dict[str, T]:
+    """The tensors, values of a `kind`, in what a file holds, by the names that the bare model has."""
     if prefix:
-        found = _down(found, prefix)
-    elif not _tensors(found):
+        found = _down(found, prefix, kind)
+    elif not _tensors(found, kind):
         inner = [child for child in found.values() if isinstance(child, dict)]
-        inner = [level for child in inner for level in ([child] if _tensors(child) else child.values()) if isinstance(level, dict)]
-        (found,) = (child for child in inner if _tensors(child))
-    bare = {WRAPPED.sub("", name): tensor for name, tensor in _tensors(found).items()}
-    cut = len("module.") if all(name.startswith("module.") for name in bare) else 0
-    return {name[cut:]: tensor for name, tensor in bare.items()}
+        inner = [level for child in inner for level in ([child] if _tensors(child, kind) else child.values()) if isinstance(level, dict)]
+        (found,) = (child for child in inner if _tensors(child, kind))
+    names = {WRAPPED.sub("", name): tensor for name, tensor in _tensors(found, kind).items()}
+    cut = len("module.") if all(name.startswith("module.") for name in names) else 0
+    return {name[cut:]: tensor for name, tensor in names.items()}
 
 
-def _down(found: Any, prefix: str) -> Any:
+def _down(found: Any, prefix: str, kind: type) -> Any:
     for key, child in found.items():
-        if key == prefix and _tensors(child):
+        if key == prefix and _tensors(child, kind):
             return child
         if isinstance(key, str) and isinstance(child, dict) and prefix.startswith(f"{key}."):
-            return _down(child, prefix[len(key) + 1 :])
+            return _down(child, prefix[len(key) + 1 :], kind)
     raise KeyError(prefix)
 
 
-def _tensors(found: Any) -> dict[str, _Tensor]:
-    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, _Tensor)}
+def _tensors(found: Any, kind: type[T]) -> dict[str, T]:
+    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, kind)}
