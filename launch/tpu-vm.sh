@@ -77,7 +77,7 @@ if [ -n "$install" ]; then
 fi
 
 if ! "$keep"; then
-    trap 'rm -rf "$folder"; on all "$auth ray stop; rm -f ray_token" || true' EXIT
+    trap 'rm -rf "$folder"; on all "$auth ray stop; rm -f \"\$HOME/ray_token\"" || true' EXIT
 fi
 
 # On a TPU host Ray asks the metadata server which slice this is, and makes its resources of that: TPU: 4 on every host of a v5p-64,
