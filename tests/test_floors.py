@@ -56,6 +56,7 @@ FLOORS: Mapping[str, int] = {
     "shardconv.interop": 1,
     "shardconv.porting": 2,
     "shardconv.porting.trees": 6,
+    "shardconv.porting.epsilons": 6,
     "shardconv.porting.sources": 6,
     "shardconv.porting.mapping": 7,
     "shardconv.porting.resolving": 7,

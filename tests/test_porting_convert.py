@@ -89,6 +89,17 @@ def test_an_nnx_module_is_updated_in_place(net: Any, abstract: bool) -> None:
     assert not abstract or isinstance(found.drop.rngs.count.get_value(), jax.ShapeDtypeStruct)  # no parameter: left alone
 
 
+def test_another_epsilon_is_warned_of(net: Any) -> None:
+    model = nnx.eval_shape(lambda: NnxNet(nnx.Rngs(0)))
+    model.bn1.epsilon = 1e-6
+    said = "the same weights compute something else: bn1 has epsilon 1e-06, bn1 has 1e-05"
+    with pytest.warns(UserWarning, match=f"^{said}$"):
+        shardconv.convert_module(net, model, FOLDED)
+    with pytest.warns(UserWarning, match=f"^{said}$"):
+        shardconv.convert_module(net, model)
+    shardconv.convert_module(net.state_dict(), model, FOLDED)  # says nothing of it
+
+
 def test_an_nnx_state(net: Any) -> None:
     model = NnxNet(nnx.Rngs(0))
     found = shardconv.convert_module(net, nnx.state(model), FOLDED)

@@ -1,10 +1,12 @@
 """`convert_module`: a PyTorch model's parameters onto a user's own JAX model; `propose_mapping`: which part would go where."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from shardconv.errors import ConfigError, InputError, Problem
+from shardconv.porting.epsilons import other_epsilons
 from shardconv.porting.folding import names
 from shardconv.porting.landing import landed
 from shardconv.porting.mapping import Plan, read_mapping
@@ -32,8 +34,8 @@ def convert_module(source: Any, model: Any, mapping: Any = None, *, ignore: Sequ
     converted model whether it computes what PyTorch does, settles what names leave open. `ignore` are patterns of tensors that the model
     does not need.
 
-    Raises ConfigError where the mapping cannot be read, InputError with everything that is missing, left over, open or of another shape.
-    Nothing of the model is changed then.
+    Warns where an epsilon is another than PyTorch's, as far as both sides say theirs. Raises ConfigError where the mapping cannot be read,
+    InputError with everything that is missing, left over, open or of another shape; nothing of the model is changed then.
 
     >>> import numpy as np
     >>> state = {"fc.weight": np.ones((4, 3), np.float32), "fc.bias": np.zeros(4, np.float32)}
@@ -49,7 +51,10 @@ def convert_module(source: Any, model: Any, mapping: Any = None, *, ignore: Sequ
         found = resolved(replace(plan, ignore=(*plan.ignore, *ignore)), weights, tree)
     if found.problems:
         raise InputError(UNFIT, found.problems)
-    return tree.rebuilt(_landed(found.moves, weights, tree))
+    arrays = _landed(found.moves, weights, tree)
+    if odd := other_epsilons(found.places, weights, tree):
+        warnings.warn("the same weights compute something else: " + "; ".join(odd), UserWarning, stacklevel=2)
+    return tree.rebuilt(arrays)
 
 
 def propose_mapping(source: Any, model: Any, *, ignore: Sequence[str] = (), agrees: Agrees | None = None) -> str:
@@ -87,7 +92,7 @@ def _proposed(weights: Weights, tree: Tree, ignore: Sequence[str], agrees: Agree
 
 def _certain(weights: Weights, tree: Tree, proposal: Proposal, ignore: Sequence[str]) -> Resolved:
     """A proposal as moves, with a problem for all that it leaves open."""
-    found = Resolved(moves=proposal.moves)
+    found = Resolved(moves=proposal.moves, places=proposal.places)
     for choice in filter(None, proposal.choices.values()):
         found.problems += zero_problems(choice, weights)
         found.zeros |= {name for expression, _ in required_zeros(choice.rule, choice.layer) for name in names(expression)}

@@ -33,9 +33,11 @@ TABLES = {"linen": linen.TABLE, "nnx": nnx.TABLE, "equinox": equinox.TABLE}
 
 @dataclass
 class Resolved:
-    """The moves, the tensors of which a part is known to be zeros that nothing needs, what is wrong, and the tensors that this is about."""
+    """The moves, and modules of the model by the layer that is there; the tensors of which a part is known to be zeros that nothing needs;
+    what is wrong, and the tensors that this is about."""
 
     moves: list[Bound] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
     zeros: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
@@ -66,6 +68,7 @@ def resolved(plan: Plan, weights: Weights, tree: Tree) -> Resolved:
         placed = place_of(plan.pairs, name)
         if placed is not None and any(view.tensors for view in left) and placed[1] not in stacked:
             stacked |= {placed[1]} if placed[0].stack else set()
+            found.places[name] = placed[1]
             _place(found, placed, left, weights, tree, claimed)
     _check_zeros_and_coverage(found, plan, weights, tree, broken)
     return found

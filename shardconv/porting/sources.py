@@ -21,11 +21,12 @@ Array = npt.NDArray[Any]
 @dataclass(frozen=True)
 class Weights:
     """Tensors by name. `kinds` are the classes of modules, each with those it derives from; `tied` has the names of tensors that are the
-    same memory as others, with these."""
+    same memory as others, with these; `epsilons` are those of modules, which are in no tensor."""
 
     tensors: Mapping[str, Array]
     kinds: Mapping[str, tuple[str, ...]]
     tied: Mapping[str, tuple[str, ...]]
+    epsilons: Mapping[str, float]
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -43,8 +44,10 @@ def weights_of(source: Any) -> Weights:
     """
     torch = sys.modules.get("torch")
     kinds: dict[str, tuple[str, ...]] = {}
+    epsilons: dict[str, float] = {}
     if torch is not None and isinstance(source, torch.nn.Module):
         kinds = {name: _classes(torch, module) for name, module in source.named_modules()}
+        epsilons = {name: module.eps for name, module in source.named_modules() if isinstance(getattr(module, "eps", None), float)}
         source = source.state_dict()
     if not isinstance(source, Mapping):
         problem = Problem(f"this is a {type(source).__name__}", "for a checkpoint's file: load it first")
@@ -63,7 +66,7 @@ def weights_of(source: Any) -> Weights:
     if empty:
         raise InputError("the module has no weights", [*empty[:5], Problem(f"{len(empty)} in all", "load the checkpoint into it first")])
     tied = {name: tuple(other for other in names if other != name) for names in places.values() if len(names) > 1 for name in names}
-    return Weights(tensors, kinds, tied)
+    return Weights(tensors, kinds, tied, epsilons)
 
 
 def _classes(torch: Any, module: Any) -> tuple[str, ...]:
