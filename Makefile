@@ -6,6 +6,7 @@
 # make mutate seed faults into the algebra and see its tests kill them; four minutes
 # make faults seed faults into conversions and see the checks catch them, and sound ones pass; a quarter of an hour
 # make kills  kill conversions at 220 random moments and at every step of their end, go on, compare; half an hour
+# make nodes  cut off a node of a cluster in network namespaces, add another; as root, on Linux; two minutes
 # make soak   a hundred conversions in one process, and what they leave; ten minutes
 # make orbax  the store's tests under every Orbax that is said to work; ten minutes
 # make fuzz   feed the readers of headers, indexes, PyTorch files and addresses half an hour of mutated files each; two hours
@@ -24,7 +25,7 @@ PLAIN := .venv/plain-$(notdir $(PYTHON))
 FULL := .venv/$(EXTRAS)-$(notdir $(PYTHON))
 FUZZ := .venv/fuzz-$(notdir $(PYTHON))
 
-.PHONY: demo test slow lint bench mutate faults kills soak orbax fuzz clean
+.PHONY: demo test slow lint bench mutate faults kills nodes soak orbax fuzz clean
 
 demo: $(PLAIN)/.ready
 	$(PLAIN)/bin/python -m shardconv.demo build/demo
@@ -51,6 +52,10 @@ faults: $(FULL)/.ready
 
 kills: $(FULL)/.ready
 	$(FULL)/bin/python scripts/reliability/kills.py build/kills
+
+nodes: $(FULL)/.ready
+	rm -rf build/nodes
+	$(FULL)/bin/python scripts/clusters/namespaces.py build/nodes
 
 soak: $(FULL)/.ready
 	mkdir -p build/tmp
