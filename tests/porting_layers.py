@@ -113,10 +113,11 @@ KERNELS = {1: (3,), 2: (3, 2), 3: (3, 2, 3)}
 def conv_case(rank: int, i: int = 8, o: int = 12, kernel: tuple[int, ...] | None = None, **options: Any) -> Case:
     kernel = kernel or KERNELS[rank]
     x = numbers(2, i, *SIZES[rank])
-    circular = options.get("padding_mode") == "circular"
+    mode = options.get("padding_mode", "zeros").upper()
+    around = mode != "ZEROS"
     stride, dilation, groups = options.get("stride", 1), options.get("dilation", 1), options.get("groups", 1)
     padding = options.get("padding", 0)
-    flax = "CIRCULAR" if circular else "SAME" if padding == "same" else [(padding, padding)] * rank
+    flax = mode if around else "SAME" if padding == "same" else [(padding, padding)] * rank
     names: dict[str, Any] = {
         "strides": (stride,) * rank,
         "kernel_dilation": (dilation,) * rank,
@@ -124,9 +125,9 @@ def conv_case(rank: int, i: int = 8, o: int = 12, kernel: tuple[int, ...] | None
         "padding": flax,
         "use_bias": options.get("bias", True),
     }
-    there: dict[str, Any] = {"padding_mode": "CIRCULAR"} if circular else {}
+    there: dict[str, Any] = {"padding_mode": mode}
     there |= {"stride": stride, "dilation": dilation, "groups": groups, "use_bias": options.get("bias", True)}
-    there["padding"] = padding.upper() if isinstance(padding, str) else "SAME" if circular else padding
+    there["padding"] = padding.upper() if isinstance(padding, str) else "SAME" if around else padding
     return Case(
         lambda: getattr(nn, f"Conv{rank}d")(i, o, kernel, **options),
         (x,),
@@ -376,6 +377,7 @@ CASES: Mapping[str, Case] = {
     "Conv2d, depthwise and dilated": conv_case(2, o=8, groups=8, dilation=2, padding=2),
     "Conv2d, same": conv_case(2, i=3, o=4, kernel=(3, 3), padding="same"),
     "Conv2d, circular": conv_case(2, i=3, o=4, kernel=(3, 3), padding=1, padding_mode="circular"),
+    "Conv2d, reflected": conv_case(2, i=3, o=4, kernel=(3, 3), padding=1, padding_mode="reflect"),
     "ConvTranspose2d, k=2": transposed_case(2, 2),
     "ConvTranspose2d, k=3 p=1": transposed_case(2, 3, padding=1),
     "ConvTranspose2d, k=4 s=2 p=1": transposed_case(2, 4, 2, 1),

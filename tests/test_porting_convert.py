@@ -161,6 +161,34 @@ def test_tied_weights_are_one_array_or_two() -> None:
     assert np.array_equal(shardconv.convert_module(module, two, SAME)["params"]["head"]["kernel"], weight.T)
 
 
+def test_a_variable_that_nnx_shares_is_one_array() -> None:
+    class Tied(nnx.Module):
+        def __init__(self) -> None:
+            self.emb = nnx.Embed(5, 3, rngs=nnx.Rngs(0))
+            self.again = self.emb
+
+    module = nn.Sequential()
+    module.add_module("emb", nn.Embedding(5, 3))
+    module.add_module("again", module.emb)
+    model = shardconv.convert_module(module, nnx.eval_shape(Tied), SAME)
+    assert model.again is model.emb
+    assert np.array_equal(model.emb.embedding[...], module.emb.weight.detach().numpy())
+
+
+def test_boxes_of_logical_axes_stay_around_their_arrays() -> None:
+    init = linen.with_partitioning(linen.initializers.ones, ("embed", "mlp"))
+    variables = jax.eval_shape(linen.Dense(4, kernel_init=init).init, KEY, jnp.ones((1, 3)))
+    layer = nn.Linear(3, 4)
+    found = shardconv.convert_module(layer, variables, SAME)["params"]
+    assert isinstance(found["kernel"], linen.Partitioned) and found["kernel"].names == ("embed", "mlp")
+    assert np.array_equal(found["kernel"].value, layer.weight.detach().numpy().T)
+
+
+def test_arrays_of_one_name_are_refused() -> None:
+    tree = {"params": {"a": {"w": np.zeros(1)}}, "batch_stats": {"a": {"w": np.zeros(1)}}}
+    assert refusal({}, tree, SAME) == "the model's arrays have no names of their own (1 problem):\n  two arrays of the model are called a.w"
+
+
 def test_saved_with_orbax_and_loaded_again(net: Any, tmp_path: Path) -> None:
     found = shardconv.convert_module(net, NnxNet(nnx.Rngs(0)), FOLDED)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -172,6 +200,33 @@ def test_saved_with_orbax_and_loaded_again(net: Any, tmp_path: Path) -> None:
     nnx.update(other, state)
     assert np.array_equal(ran(other), ran(found))
     gc.collect()
+
+
+# Recurrence
+
+
+class Both(linen.Module):
+    """Two layers of LSTM, each both ways."""
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        for layer in range(2):
+            cells = [linen.OptimizedLSTMCell(4, name=f"{way}{layer}") for way in ("forward", "backward")]
+            x = linen.Bidirectional(*map(linen.RNN, cells))(x)
+        return x
+
+
+def test_a_cell_is_one_direction_of_one_layer() -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+    x = torch.randn(2, 5, 3)
+    variables = jax.eval_shape(Both().init, KEY, jnp.asarray(x.numpy()))
+    mapping = {"forward{i}": "l{i}", "backward{i}": "l{i}_reverse"}
+    run = jax.jit(Both().apply, compiler_options={"xla_backend_optimization_level": 0})
+    expected = lstm(x)[0].detach().numpy()
+    assert abs(np.asarray(run(shardconv.convert_module(lstm, variables, mapping), jnp.asarray(x.numpy()))) - expected).max() < CLOSE
+    crossed = {**mapping, "forward1": "l1_reverse", "backward1": "l1"}
+    assert abs(np.asarray(run(shardconv.convert_module(lstm, variables, crossed), jnp.asarray(x.numpy()))) - expected).max() > 0.01
 
 
 # Layers in a scan, and holes

@@ -1,6 +1,7 @@
 """Mappings that nobody wrote: what names and shapes make certain, what stays open and is said to, and what running the model settles."""
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,22 @@ def test_running_the_model_settles_square_matrices() -> None:
         assert sorted(tried)[0] < 1e-5 and sorted(tried)[1] > 0.1
 
 
+def test_agreement_is_measured_by_noise() -> None:
+    torch = pytest.importorskip("torch")
+    from shardconv.porting.agreement import same_outputs
+
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.ReLU(), torch.nn.Linear(4, 4, bias=False), torch.nn.ReLU())
+    model = nested({f"Dense_{i}.kernel": np.zeros((4, 4), np.float32) for i in range(2)})
+    agrees = same_outputs(layers, [torch.from_numpy(X)], lambda tree: chained(tree, "Dense_1", "Dense_0"))
+    found = shardconv.convert_module(layers, model, agrees=agrees)
+    assert np.array_equal(found["params"]["Dense_1"]["kernel"], layers[0].weight.detach().numpy().T)
+    kernel = np.asarray(found["params"]["Dense_0"]["kernel"])
+    found["params"]["Dense_0"]["kernel"] = kernel + np.float32(1e-5)
+    assert not agrees(found)
+    assert not same_outputs(layers, [torch.from_numpy(X)], lambda tree: chained(tree, "Dense_1", "Dense_0")[:1])(found)
+
+
 def test_two_ways_that_both_agree_are_refused() -> None:
     state, model = two_squares("Dense_0", "Dense_1")
     with pytest.raises(InputError, match="2 of 3 layers are open"):
@@ -262,3 +279,21 @@ def test_a_square_parameter_may_be_on_either_side() -> None:
         expected = X @ (state["up.weight"] if other else state["up.weight"].T)
         found = shardconv.convert_module(state, tree, agrees=lambda tree, y=expected: np.allclose(X @ np.asarray(tree["up"]), y, atol=1e-5))
         assert np.array_equal(found["up"], state["up.weight"] if other else state["up.weight"].T)
+
+
+def mlp(*widths: int) -> tuple[dict[str, Array], dict[str, Any]]:
+    """A state dict and an empty model whose names say nothing, for layers from width to width."""
+    sides = list(pairwise(widths))
+    state = {f"net.{2 * i}.weight": numbers(after, before) + i for i, (before, after) in enumerate(sides)}
+    return state, nested({f"{'zyx'[i]}.kernel": np.zeros(side, np.float32) for i, side in enumerate(sides)})
+
+
+def test_a_small_twin_of_other_sizes_settles_what_is_square(tmp_path: Path) -> None:
+    """A mapping has no sizes, so that of a twin, whose shapes leave nothing open, is that of the model."""
+    state, model = mlp(4, 4, 4, 4)
+    with pytest.raises(InputError, match="3 of 3 layers are open"):
+        shardconv.convert_module(state, model)
+    path = tmp_path / "port.toml"
+    path.write_text(shardconv.propose_mapping(*mlp(2, 3, 5, 7)))
+    found = shardconv.convert_module(state, model, path)["params"]
+    assert all(np.array_equal(found["zyx"[i]]["kernel"], state[f"net.{2 * i}.weight"].T) for i in range(3))

@@ -179,9 +179,9 @@ def test_sizes_of_a_move_may_be_given() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_longest_pair_that_fits_counts(order: int) -> None:
-    pairs = [Pair("net", ""), Pair("stage{s}", "layer{s}"), Pair("stage{s}.norm{n}", "layer{s}.bn{n}")][::order]
-    found = [place_of(pairs, layer) for layer in ("head", "layer1.conv", "layer1.bn2", "layer10")]
-    assert [place and place[1] for place in found] == ["net.head", "stage1.conv", "stage1.norm2", "stage10"]
+    pairs = [Pair("net", ""), Pair("stage{s}", "layer{s}"), Pair("stage{s}.norm{n}", "layer{s}.bn{n}"), Pair("last", "layer4")][::order]
+    found = [place_of(pairs, layer) for layer in ("head", "layer1.conv", "layer1.bn2", "layer10", "layer4.conv")]
+    assert [place and place[1] for place in found] == ["net.head", "stage1.conv", "stage1.norm2", "stage10", "last.conv"]
     assert place_of([pair for pair in pairs if pair.there], "layers1.conv") is None
 
 

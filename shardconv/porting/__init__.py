@@ -9,6 +9,7 @@
     sources       tensors, of a module or a state dict; `trees`, arrays of the user's model and back
     mapping       what a user says of which part is which; `matching`, what is proposed where nobody does
     resolving     all of that made into moves, and everything that is wrong
+    agreement     whether a converted model computes what PyTorch's does
     epsilons      a warning of what no array shows
     convert       `shardconv.convert_module` and `shardconv.propose_mapping`
     conventions   what layers must be made with; `pooling`, averages as torch takes them

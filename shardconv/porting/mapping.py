@@ -10,8 +10,8 @@
     "head.kernel" = "fc.weight: o (c h w) -> (h w c) o; c=4, h=5"   # an array, by two addresses
     "cell.hi.bias" = "0"                                       # an array of one number
 
-The left side is the model's. The longest left or right side that fits counts. A hole, `{layers}`, is any number, the same on both sides.
-In Python a mapping is a dict of the same, or the path of such a TOML file.
+The left side is the model's. Of several right sides that fit, the longest counts, without its holes. A hole, `{layers}`, is any number, the
+same on both sides. In Python a mapping is a dict of the same, or the path of such a TOML file.
 """
 
 import os
@@ -119,12 +119,13 @@ def place_of(pairs: Sequence[Pair], layer: str) -> tuple[Pair, str] | None:
     best: tuple[int, Pair, str] | None = None
     for pair in pairs:
         found = pair.match(layer)
-        if found is None or (best is not None and len(pair.there) <= best[0]):
+        length = len(HOLE.sub("", pair.there))
+        if found is None or (best is not None and length <= best[0]):
             continue
         here, rest = pair.here, found[found.re.groups].removeprefix(".")
         for axis, number in zip(HOLE.findall(pair.there), found.groups(), strict=False):
             here = here.replace("{" + axis + "}", number)
-        best = (len(pair.there), pair, ".".join(part for part in (here, rest) if part))
+        best = (length, pair, ".".join(part for part in (here, rest) if part))
     return None if best is None else (best[1], best[2])
 
 

@@ -113,19 +113,21 @@ def _place(found: Resolved, placed: tuple[Pair, str], views: list[Layer], weight
         found.problems += zero_problems(ways[0], weights)
         found.zeros |= {name for expression, _ in required_zeros(ways[0].rule, ways[0].layer) for name in names(expression)}
         return
+    moves = None if ways else alike(views[-1], module, weights, tree, pair.stack)
+    if moves is not None:
+        found.moves += moves
+        return
+    found.told |= {name for expression in one.tensors.values() for name in names(expression)}
     if len(ways) > 1:
         listed = ", or as ".join(way.name for way in ways)
         remedy = f'say which: "{module}" = "{one.name}: {ways[0].name}"'
         found.problems.append(Problem(f"{described(one, weights.shapes)} fits {module} as {listed}", remedy))
         return
-    moves = alike(views[-1], module, weights, tree, pair.stack)
-    if moves is not None:
-        found.moves += moves
-        return
     if pair.stack:
         one = _several(found, one, pair, weights)
     there = arrays_in(tree, module, claimed)
     if not there and all(name in weights.tied for expression in one.tensors.values() for name in names(expression)):
+        found.told -= set(weights.tied)
         return  # the other name of the tensor has a place, or is told of
     arrays = ", ".join(f"{inner} {shown(tree.shapes[name])}" for inner, name in there.items() if inner.count(".") < 2)
     kind = next((kind for kind in views[0].kinds if kind in table_of(tree).rules), "")
