@@ -21,6 +21,7 @@ from shardconv.planning import plan_from_config
 from shardconv.run import Finished, Patience, Ready, Retried, Told, Waiting, driver, gang
 from shardconv.run.job import Job, Place, state_path
 from shardconv.run.local_group import LocalGroup
+from shardconv.run.member import Hello
 from shardconv.synth import synthesise
 
 RULES = ('mesh.rules.vocab="tensor"', 'mesh.rules.embed="fsdp"', 'mesh.rules.heads="tensor"', 'mesh.rules.mlp="tensor"')
@@ -274,6 +275,22 @@ def test_a_process_that_does_not_come_is_named(
         gang.meet(group, *begun, "cpu")
     assert str(caught.value).startswith("the processes did not come together (1 problem):\n  process 1 of 2 ")
     assert said in str(caught.value)
+
+
+def test_hosts_whose_names_lead_nowhere_are_named(begun: tuple[str, Plan], group: Altered, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(self: Altered, timeout: float) -> list[tuple[int, object]]:
+        found = LocalGroup.answers(self, timeout)
+        return [(n, dataclasses.replace(one, address=f"10.0.0.{n}", loopback=n == 1) if isinstance(one, Hello) else one) for n, one in found]
+
+    Altered.alter = lambda self, member, function, arguments: arguments
+    monkeypatch.setattr(Altered, "answers", elsewhere)
+    with pytest.raises(RunError) as caught:
+        gang.meet(group, *begun, "cpu")
+    assert str(caught.value) == (
+        "the hosts cannot meet (1 problem):\n"
+        f"  the name of {os.uname().nodename} does not lead to the host's own address there\n"
+        "      give it that address in /etc/hosts, in place of 127.0.0.1 or 127.0.1.1"
+    )
 
 
 def test_stopping_a_group_ends_its_processes(begun: tuple[str, Plan]) -> None:

@@ -208,11 +208,11 @@ def _all(
 
 
 def _require_names(found: Mapping[int, Hello], platform: Platform) -> None:
-    """On several hosts a CPU's collectives find each other by host name, and one that means 127.0.0.1 leads nowhere."""
+    """On several hosts a CPU's collectives find each other by host name, and one that means 127.0.0.1, or nothing, leads nowhere."""
     astray = sorted({hello.host for hello in found.values() if hello.loopback})
     if platform == "cpu" and len({hello.address for hello in found.values()}) > 1 and astray:
-        fact = f"the name of {', '.join(astray)} leads to a loopback address there"
-        raise RunError("the hosts cannot meet", [Problem(fact, "give it the host's own address in /etc/hosts")])
+        fact = f"the name of {', '.join(astray)} does not lead to the host's own address there"
+        raise RunError("the hosts cannot meet", [Problem(fact, "give it that address in /etc/hosts, in place of 127.0.0.1 or 127.0.1.1")])
 
 
 def _require_devices(joined: Mapping[int, Joined], found: Mapping[int, Hello], plan: Plan) -> None:
