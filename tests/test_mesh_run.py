@@ -280,7 +280,8 @@ def test_a_process_that_does_not_come_is_named(
 def test_hosts_whose_names_lead_nowhere_are_named(begun: tuple[str, Plan], group: Altered, monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(self: Altered, timeout: float) -> list[tuple[int, object]]:
         found = LocalGroup.answers(self, timeout)
-        return [(n, dataclasses.replace(one, address=f"10.0.0.{n}", loopback=n == 1) if isinstance(one, Hello) else one) for n, one in found]
+        told = [(n, one) for n, one in found if isinstance(one, Hello)]
+        return [(n, dataclasses.replace(one, address=f"10.0.0.{n}", loopback=n == 1)) for n, one in told]
 
     Altered.alter = lambda self, member, function, arguments: arguments
     monkeypatch.setattr(Altered, "answers", elsewhere)

@@ -19,12 +19,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from namespaces import HOSTS, ROOT, address, inside, namespaces
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conversions import make_config, make_source, restored
-from ray_nodes import Nodes, nodes
-from shardconv.config import RunOptions
-from shardconv.conversion import run
+from conversions import make_config, make_source, restored  # noqa: E402
+from namespaces import HOSTS, address, inside, namespaces  # noqa: E402
+from ray_nodes import Nodes, nodes  # noqa: E402
+
+from shardconv.config import RunOptions  # noqa: E402
+from shardconv.conversion import run  # noqa: E402
 
 MESH = (
     "mesh.axes.fsdp=2", "mesh.axes.tensor=2", 'mesh.rules.embed="fsdp"', 'mesh.rules.vocab="tensor"', 'mesh.rules.mlp="tensor"',
