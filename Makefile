@@ -6,7 +6,7 @@
 # make mutate seed faults into the algebra and see its tests kill them; four minutes
 # make faults seed faults into conversions and see the checks catch them, and sound ones pass; a quarter of an hour
 # make kills  kill conversions at 220 random moments and at every step of their end, go on, compare; half an hour
-# make nodes  cut off a node of a cluster in network namespaces, add another; as root, on Linux; two minutes
+# make nodes  cut off a node of a cluster in network namespaces, add another, with a mesh too; as root, on Linux; five minutes
 # make soak   a hundred conversions in one process, and what they leave; ten minutes
 # make orbax  the store's tests under every Orbax that is said to work; ten minutes
 # make fuzz   feed the readers of headers, indexes, PyTorch files and addresses half an hour of mutated files each; two hours
@@ -56,6 +56,7 @@ kills: $(FULL)/.ready
 nodes: $(FULL)/.ready
 	rm -rf build/nodes
 	$(FULL)/bin/python scripts/clusters/namespaces.py build/nodes
+	$(FULL)/bin/python scripts/clusters/mesh.py build/nodes/mesh
 
 soak: $(FULL)/.ready
 	mkdir -p build/tmp
