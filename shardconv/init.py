@@ -6,7 +6,6 @@ the layout, and a mesh by size: as many devices as hold `PER_DEVICE` bytes of we
 devices on over experts, or where there are none over heads, mlp and vocab. A mesh axis never splits what it does not divide.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from shardconv.config_sections import MeshSection, ModelSection, OutputSection, 
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.families import find
 from shardconv.family import LayoutOptions, Model, bind
+from shardconv.formats.strict_json import read_object
 from shardconv.layouts import LAYOUTS
 
 # Bytes of bfloat16 weights for one device. Training keeps about eight times that in weights, gradients and optimizer state: 40 GB,
@@ -52,15 +52,11 @@ def read_hf_config(hf_dir: str) -> Mapping[str, object]:
     """The config.json in a directory; raises InputError."""
     path = os.path.join(hf_dir, "config.json")
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = Path(path).read_bytes()
     except OSError as error:
         remedy = "give the directory that holds the model's config.json"
         raise InputError("cannot read the model's config", [Problem(f"{path}: {error.strerror}", remedy)]) from None
-    except ValueError as error:
-        raise InputError("cannot read the model's config", [Problem(f"{path} is not JSON: {error}", "download it again")]) from None
-    if not isinstance(found, dict):
-        raise InputError("cannot read the model's config", [Problem(f"{path} is not a JSON object", "download it again")])
-    return found
+    return read_object(raw, what=path, at=0)
 
 
 def config_text(hf_config: Mapping[str, object], hf_dir: str, layout: str, output: str) -> str:

@@ -158,21 +158,26 @@ def test_an_unknown_layout(here: Path) -> None:
     )
 
 
+GIVE = "give the directory that holds the model's config.json"
+UNUSED = "x/config.json cannot be used"
+
+
 @pytest.mark.parametrize(
-    ("content", "report"),
+    ("content", "title", "report"),
     [
-        (None, "x/config.json: No such file or directory\n      give the directory that holds the model's config.json"),
-        ("nope", "x/config.json is not JSON: Expecting value: line 1 column 1 (char 0)\n      download it again"),
-        ("[]", "x/config.json is not a JSON object\n      download it again"),
+        (None, "cannot read the model's config", "x/config.json: No such file or directory\n      " + GIVE),
+        ("nope", UNUSED, "x/config.json is not JSON: Expecting value at byte 0\n      download this file again"),
+        ("[]", UNUSED, "x/config.json is JSON, but not an object\n      download this file again"),
+        ('{"a": 1, "a": 2}', UNUSED, 'x/config.json has the key a twice\n      download this file again'),
     ],
 )
-def test_a_config_json_that_cannot_be_read(here: Path, content: str | None, report: str) -> None:
+def test_a_config_json_that_cannot_be_read(here: Path, content: str | None, title: str, report: str) -> None:
     if content is not None:
         Path("x").mkdir()
         Path("x/config.json").write_text(content)
     with pytest.raises(InputError) as caught:
         write_config("x", "flat", "c.toml", force=False)
-    assert str(caught.value) == f"cannot read the model's config (1 problem):\n  {report}"
+    assert str(caught.value) == f"{title} (1 problem):\n  {report}"
     assert caught.value.exit_code == ExitCode.INPUT
     assert not Path("c.toml").exists()
 
