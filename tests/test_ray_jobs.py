@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -48,9 +48,13 @@ def ray_job(*words: str, cwd: Path, **environment: str) -> "subprocess.Completed
     )
 
 
-def submit(dashboard: str, name: str, cwd: Path, *words: str, wait: bool = True) -> "subprocess.CompletedProcess[str]":
+def submit(
+    dashboard: str, name: str, cwd: Path, *words: str, wait: bool = True, variables: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     """A job whose entrypoint is `shardconv run config.toml`, with slow units, from a directory with nothing in it but the config."""
     options = ["submit", "--address", dashboard, "--submission-id", name, "--working-dir", "."]
+    if variables:
+        options += ["--runtime-env-json", json.dumps({"env_vars": variables})]
     entrypoint = [sys.executable, str(HERE / "slow_command.py"), "run", "config.toml", *words]
     return ray_job(*options, *(() if wait else ("--no-wait",)), "--", *entrypoint, cwd=cwd)
 
@@ -98,6 +102,14 @@ def test_what_a_job_fails_with_is_in_its_log_alone(dashboard: str, clean: Path) 
     status = ray_job("status", "--address", dashboard, "failed", cwd=clean)
     assert status.returncode == 0  # of a job that failed
     assert "Job 'failed' failed" in status.stdout
+
+
+def test_variables_of_a_job_are_its_own_but_for_those_of_shardconv(dashboard: str, clean: Path) -> None:
+    done = submit(dashboard, "variables", clean, *RAY, variables={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout
+    refused = submit(dashboard, "conflict", clean, *RAY, "--restart", "--overwrite", variables={"JAX_PLATFORMS": "tpu"})
+    assert refused.returncode == 1
+    assert "cannot join the Ray cluster (1 problem)" in refused.stdout and "Failed to merge the Job's runtime env" in refused.stdout
 
 
 def test_without_a_working_directory_a_job_runs_where_the_head_was_started(dashboard: str, tmp_path: Path) -> None:
