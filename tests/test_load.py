@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,6 +158,17 @@ def test_what_must_be_known_of_the_arrays_is_said(tmp_path: Path, caplog: pytest
     assert facts == {"family": "llama", "layout": "maxtext", "tied": True, "rope": "interleaved", "scan_layers": True}
 
 
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint({**small("llama3_2_1b"), "vocab_size": 40}, tmp_path / "checkpoints" / "Llama-3.2-1B")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "loading.md").read_text()
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(names["params"])} == {names["mesh"]}
+    assert names["params"]["layers"]["attn"]["q"].sharding.spec == PartitionSpec(None, "fsdp", None, None)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +278,20 @@ def test_a_converted_checkpoint_on_another_mesh(mixtral: Path, tmp_path: Path, a
     assert planned.metadata["rope"] == "half" and planned.metadata["family"] == "mixtral"
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("mesh", ["both", "columns", "stages"])
+def test_rules_split_a_converted_checkpoint_as_they_split_its_source(tmp_path: Path, family: str, mesh: str) -> None:
+    source = checkpoint({**config_of(family), "rope_scaling": {"rope_type": "llama3"}}, tmp_path / "source")
+    axes, rules = MESHES[mesh]
+    wanted = plan_of(source, "maxtext", mesh)
+    assert family != "llama" or wanted.metadata["rope"] == "interleaved", "head_dim is split into pairs"
+    write(plan_of(source, "maxtext", "rows"), tmp_path)
+    planned = shardconv.plan_load(tmp_path / "out", mesh_of(axes), rules=rules)
+    for leaf in wanted.leaves:
+        assert planned.leaves[leaf.name].sharding == NamedSharding(mesh_of(axes), PartitionSpec(*leaf.spec))
+    assert all(leaf.sharding.is_fully_replicated for leaf in shardconv.plan_load(tmp_path / "out", mesh_of(axes), rules={}).leaves.values())
+
+
 def test_an_orbax_checkpoint_as_a_users_tree(mixtral: Path, tmp_path: Path) -> None:
     plan = plan_of(mixtral, "flat", "both")
     write(plan, tmp_path)
@@ -292,16 +318,24 @@ def test_what_others_have_saved(tmp_path: Path) -> None:
     params = shardconv.load(tmp_path / "theirs", mesh_of({"x": 2}))
     assert params["w"][0].sharding == NamedSharding(mesh_of({"x": 2}), PartitionSpec("x"))
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, tree))
+    assert refused(tmp_path / "theirs", mesh_of({"x": 2}), rules={"embed": "x"}) == (
+        f"{tmp_path}/theirs cannot be split by rules (1 problem):\n"
+        "  it does not name the axes of its arrays\n      give like, or rules={} to split nothing"
+    )
 
 
 def test_what_does_not_apply_to_an_orbax_checkpoint(mixtral: Path, tmp_path: Path) -> None:
     write(plan_of(mixtral, "flat", "both"), tmp_path)
     out, mesh = tmp_path / "out", mesh_of({"x": 2})
     assert refused(out, mesh, layout="flat", rules={"embed": "x"}) == (
-        f"{out} is an Orbax checkpoint (2 problems):\n"
-        "  layout does not apply\n      an Orbax checkpoint is loaded as it was written: leave it out\n"
-        "  rules are for named axes, and an Orbax checkpoint does not name the axes of its arrays\n"
-        "      give like, or rules={} to split nothing"
+        f"{out} is an Orbax checkpoint (1 problem):\n"
+        "  layout does not apply\n      an Orbax checkpoint is loaded as it was written: leave it out"
+    )
+    assert refused(out, mesh, rules={"embd": "x", "heads": "z"}) == (
+        f"{out} cannot be split by rules (2 problems):\n"
+        "  rules: no array has an axis 'embd'\n"
+        "      there are embed, experts, head_dim, heads, kv_heads, layers, mlp, vocab\n"
+        "  rules: 'z' is not a mesh axis\n      the mesh axes are x"
     )
     assert "nothing says how arrays are split" in refused(out, mesh_of({"other": 2}))
     two = tmp_path / "two"
@@ -387,26 +421,26 @@ def test_one_report_in_all_processes(mixtral: Path) -> None:
 
 @pytest.mark.parametrize(("processes", "placement"), [(1, "host"), (2, "host"), (2, "device")])
 def test_memory_is_the_arrays_and_the_budget(tmp_path: Path, processes: int, placement: str) -> None:
-    """A scanned kernel of the larger model is 128 MiB, whose columns are dealt out under a budget of 16."""
+    """A stored kernel is 64 MiB, a scanned one 128 in the larger model; their columns are dealt out under a budget of 8."""
     peaks = {}
-    for layers in (1, 4):
+    for layers in (1, 2):
         root = tmp_path / str(layers)
         root.mkdir()
-        config = {**small("llama3_8b"), "hidden_size": 512, "intermediate_size": 32768, "num_hidden_layers": layers, "vocab_size": 512}
+        config = {**small("llama3_8b"), "hidden_size": 1024, "intermediate_size": 32768, "num_hidden_layers": layers, "vocab_size": 512}
         (root / "config.json").write_text(json.dumps(config))
         synthesise(str(root / "config.json"), str(root / "source"), sparse=True, seed=0, dtype="bfloat16", shard_bytes=1 << 30)
         for file in (root / "source").glob("*.safetensors"):
             _fill(file)
         found = load_in(
-            processes, root / "source", {"x": 4}, devices=4 // processes, placement=placement, rules={"embed": "x"}, memory_budget=16 * MIB
+            processes, root / "source", {"x": 4}, devices=4 // processes, placement=placement, rules={"embed": "x"}, memory_budget=8 * MIB
         )
         peaks[layers] = max(one["after"] - one["before"] - one["held"] for one in found)
-        assert sum(one["held"] for one in found) > layers * 96 * MIB
+        assert sum(one["held"] for one in found) > layers * 192 * MIB
     # Besides the arrays. XLA takes some 100 MiB for what it compiles; devices hold the rows of a kernel too, and what is in between.
-    most = 16 * MIB + (16 * MIB if placement == "host" else 100 * MIB + 4 * 128 * MIB // processes)
-    assert peaks[4] <= most
+    most = 8 * MIB + (16 * MIB if placement == "host" else 100 * MIB + 4 * 128 * MIB // processes)
+    assert peaks[2] <= most
     if placement == "host":
-        assert abs(peaks[4] - peaks[1]) < 16 * MIB, "it does not grow with the model"
+        assert abs(peaks[2] - peaks[1]) < 16 * MIB, "it does not grow with the model"
 
 
 def _fill(file: Path) -> None:

@@ -6,18 +6,24 @@ names of mesh axes, for the mesh may have other sizes; a name that the mesh has 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shardconv.errors import InputError, Problem
+from shardconv.axes import Address, Digit
+from shardconv.errors import ConfigError, InputError, Problem
+from shardconv.families import families
 from shardconv.mesh.abstract import named
+from shardconv.sharding import MeshRules, partition
 from shardconv.verify.stored import reason
 
 GIB = 1 << 30
+
+# What layouts split an axis into; a rule for the axis is one for these too.
+FINER = {"head_dim": "half pair", "layers": "blocks kind"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,31 @@ class Described:
             sharding = NamedSharding(mesh, PartitionSpec(*_entries(spec or (), mesh))) if known and mesh is not None else None
             found[name] = jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=sharding)
         return found
+
+
+def ruled(found: Described, rules: Mapping[str, tuple[str, ...]], mesh: Mesh) -> Described:
+    """The checkpoint as it is split by rules for named axes, which ours name in their metadata; raises ConfigError where it does not."""
+    ours = found.metadata.get("shardconv")
+    axes = ours.get("named_axes") if isinstance(ours, Mapping) else None
+    title = f"{found.path} cannot be split by rules"
+    if not isinstance(axes, Mapping):
+        raise ConfigError(title, [Problem("it does not name the axes of its arrays", "give like, or rules={} to split nothing")])
+    own = {axis for dims in axes.values() for dim in dims for axis in dim} | FINER.keys()
+    known = own.union(*(family.axes for family in families().values()))  # rules are often written for several models
+    remedy = f"there are {', '.join(sorted(own))}"
+    problems = [Problem(f"rules: no array has an axis {axis!r}", remedy) for axis in rules if axis not in known]
+    odd = sorted({name for rule in rules.values() for name in rule if name not in mesh.shape})
+    problems += [Problem(f"rules: {name!r} is not a mesh axis", f"the mesh axes are {', '.join(map(str, mesh.shape))}") for name in odd]
+    if problems:
+        raise ConfigError(title, problems)
+    table = MeshRules({str(name): size for name, size in mesh.shape.items()}, rules)
+    specs = {name: partition(_address(name, dims), FINER, table) for name, dims in axes.items() if name in found.kinds}
+    return replace(found, specs=specs)
+
+
+def _address(name: str, dims: Sequence[Sequence[str]]) -> Address:
+    """An address that has the names of an array's dims, and no sizes."""
+    return Address(name, (), tuple(tuple(Digit(axis, 1, 1) for axis in dim) for dim in dims))
 
 
 def described(path: str) -> Described:

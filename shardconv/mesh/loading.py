@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, Unpack
 
 import jax
@@ -90,7 +90,7 @@ class Loading:
 class Choices(TypedDict, total=False):
     """What may be said about a load; all of it may be left out.
 
-    rules: the mesh axes that split each named axis, as [mesh] rules has them; `{}` splits nothing. Not for Orbax checkpoints.
+    rules: the mesh axes that split each named axis, as [mesh] rules has them; `{}` splits nothing.
     like: a tree of shardings, or of arrays or `jax.ShapeDtypeStruct`s. Its names, shapes and dtypes must be those of what is loaded; the
         result has its structure, and its shardings where it has some.
     layout, scan_layers, dtype, rope, vocab_size: as in [target]; unless said otherwise "flat", scanned, each tensor's own dtype.
@@ -256,24 +256,28 @@ def _stream(
 
 def _plan_restore(folder: str, mesh: Mesh | None, like: Wanted | None, choices: Choices) -> Loading:
     """The load of an Orbax checkpoint."""
-    from shardconv.mesh.checkpoints import described, restored
+    from shardconv.mesh.checkpoints import described, restored, ruled
 
     remedy = "an Orbax checkpoint is loaded as it was written: leave it out"
     apart = ("rules", "like", "dtype", "memory_budget", "placement")
     problems = [Problem(f"{name} does not apply", remedy) for name, value in choices.items() if name not in apart and value is not None]
-    if choices.get("rules"):
-        fact = "rules are for named axes, and an Orbax checkpoint does not name the axes of its arrays"
-        problems.append(Problem(fact, "give like, or rules={} to split nothing"))
     if problems:
         raise ConfigError(f"{folder} is an Orbax checkpoint", problems)
-    found = described(folder)
-    if like is None and choices.get("rules") is None and not found.known(mesh):
+    found, rules = described(folder), choices.get("rules")
+    if like is None and rules is None and not found.known(mesh):
         raise _unsplit(mesh)
-    bare = found.abstract(mesh, split=choices.get("rules") is not None or found.known(mesh))
+    if rules is not None and mesh is not None:
+        found = ruled(found, _tuples(rules), mesh) if rules else replace(found, specs={})
+    bare = found.abstract(mesh, split=rules is not None or found.known(mesh))
     leaves = fitted(_cast(bare, choices.get("dtype")), like, "the checkpoint")
     metadata = {key: value for key, value in found.metadata.items() if key != "shardconv"} | dict(found.metadata.get("shardconv", {}))
     budget = _budget(choices.get("memory_budget") or "auto")
     return Loading(leaves, {}, (), metadata, like or wanted(found.tree), lambda: (restored(found, leaves, budget), None))
+
+
+def _tuples(rules: Rules) -> dict[str, tuple[str, ...]]:
+    """Rules as a config's section has them."""
+    return {axis: ((rule,) if rule else ()) if isinstance(rule, str) else tuple(rule) for axis, rule in rules.items()}
 
 
 def _cast(leaves: Mapping[str, jax.ShapeDtypeStruct], dtype: str | None) -> Mapping[str, jax.ShapeDtypeStruct]:

@@ -65,6 +65,7 @@ def custom_metadata(plan: Plan, job: Job, records: Iterable[Mapping[str, object]
         "plan": plan.digest(),
         "mesh": dict(plan.mesh.axes),
         "partition_specs": specs,
+        "named_axes": {leaf.name: [[digit.axis for digit in dim] for dim in leaf.parts[0].target.dims] for leaf in plan.leaves},
         "checksums": checksums(plan, records),
         "checksum": CHECKSUM,
     }
