@@ -22,7 +22,7 @@ same call goes on. Needs gcloud here, logged in, and the slice, such as
   --dry-run        only show the commands
   -h, --help       this text
 
-`-- --placement mesh` places the arrays on the slice, one process per host; without it no process opens a TPU.
+`-- --placement mesh --set mesh.processes=8` places the arrays on a slice of 8 hosts; without it no process opens a TPU.
 END
 }
 
