@@ -1,7 +1,7 @@
 """DINOv3's vision transformer in Equinox, channels first.
 
     model = eqx.filter_eval_shape(DINOv3, Sizes(), jax.random.key(0))
-    model = shardconv.convert_module(hugging_face_model, model, "examples/dinov3_equinox.toml")
+    model = shardconv.convert_module("checkpoints/dinov3-vits16", model, "examples/dinov3_equinox.toml")
     features = jax.vmap(model)(images)                     # images are (batch, 3, height, width)
 """
 

@@ -1,8 +1,10 @@
 """DINOv3's vision transformer in Flax NNX, with heads as an axis of its kernels.
 
     model = nnx.eval_shape(lambda: DINOv3(Sizes(), nnx.Rngs(0)))
-    shardconv.convert_module(hugging_face_model, model, "examples/dinov3_nnx.toml")         # from Meta's files: dinov3_nnx_meta.toml
-    features = jax.vmap(model)(images)                                                      # images are (batch, height, width, 3)
+    shardconv.convert_module("checkpoints/dinov3-vits16", model, "examples/dinov3_nnx.toml")
+    features = jax.vmap(model)(images)                     # images are (batch, height, width, 3)
+
+Files with Meta's names have `dinov3_nnx_meta.toml`.
 """
 
 import jax

@@ -189,6 +189,18 @@ def test_arrays_of_one_name_are_refused() -> None:
     assert refusal({}, tree, SAME) == "the model's arrays have no names of their own (1 problem):\n  two arrays of the model are called a.w"
 
 
+def test_files_are_a_source_too(net: Any, tmp_path: Path) -> None:
+    """Of safetensors and of torch.save; tied tensors are stored once."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    state = net.state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save({**state, "again.weight": state["fc.weight"]}, tmp_path / "model.pth")
+    for name in ("model.safetensors", "model.pth"):
+        found = shardconv.convert_module(str(tmp_path / name), linen_variables(), FOLDED)
+        expected = shardconv.convert_module(net, linen_variables(), FOLDED)
+        assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+
+
 def test_saved_with_orbax_and_loaded_again(net: Any, tmp_path: Path) -> None:
     found = shardconv.convert_module(net, NnxNet(nnx.Rngs(0)), FOLDED)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -393,9 +405,10 @@ def test_a_mapping_that_cannot_be_read(mapping: Any, said: str) -> None:
 
 
 def test_sources_that_are_none() -> None:
-    assert refusal("model.pt", {}, {}) == (
-        "convert_module takes a torch.nn.Module or a state dict (1 problem):\n  this is a str\n      for a checkpoint's file: load it first"
+    assert refusal(3, {}, {}) == (
+        "convert_module takes a torch.nn.Module, a state dict or a path (1 problem):\n  this is int\n      give one of these"
     )
+    assert refusal("no/such/model.safetensors", {}, {}).startswith(f"{Path.cwd()}/no/such/model.safetensors cannot be read as a checkpoint")
     assert refusal(nn.Linear(2, 3, device="meta"), {}, {}) == (
         "the module has no weights (3 problems):\n  weight is on the meta device\n  bias is on the meta device\n"
         "  2 in all\n      load the checkpoint into it first"

@@ -25,9 +25,9 @@ Agrees = Callable[[Any], bool]
 def convert_module(source: Any, model: Any, mapping: Any = None, *, ignore: Sequence[str] = (), agrees: Agrees | None = None) -> Any:
     """The user's model with the parameters of a PyTorch model.
 
-    `source` is a torch.nn.Module or its state dict. `model` is Linen's variables, an NNX module or state, an Equinox module or the pair of
-    one and its State, or any tree of arrays; it may be abstract. What comes back is the same kind of object with real arrays, in the
-    model's dtypes and shardings; an NNX module is updated in place, and it is the same object.
+    `source` is a torch.nn.Module, its state dict, or the path of its files. `model` is Linen's variables, an NNX module or state, an
+    Equinox module or the pair of one and its State, or any tree of arrays; it may be abstract. What comes back is the same kind of object
+    with real arrays, in the model's dtypes and shardings; an NNX module is updated in place, and it is the same object.
 
     `mapping` says which part is which (`shardconv.porting.mapping`): a dict, or the path of a TOML file. Without one, it is proposed from
     layers, shapes and names (`shardconv.porting.matching`), and refused where it is not certain; `agrees`, a function that tells of a

@@ -1,10 +1,12 @@
-"""Sources: what a user has of a PyTorch model, as named arrays: a module, or its state dict.
+"""Sources: what a user has of a PyTorch model, as named arrays: a module, its state dict, or files.
 
-A module says more: which class each layer is of. A state dict may hold torch tensors, NumPy arrays or JAX arrays.
+A module says more: which class each layer is of, and what its epsilon is. A state dict may hold torch tensors, NumPy arrays or JAX arrays.
+Files are those that a conversion reads, safetensors and PyTorch's own, and are read as it reads them: without torch, running nothing.
 """
 
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,8 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shardconv.boxes import whole
+from shardconv.dtypes import dtype_of_code
 from shardconv.errors import ConfigError, InputError, Problem
+from shardconv.formats.reading import Reader
 from shardconv.interop.arrays import numpy_of
+from shardconv.source import open_source
 
 Array = npt.NDArray[Any]
 
@@ -35,13 +41,15 @@ class Weights:
 
 
 def weights_of(source: Any) -> Weights:
-    """The tensors of a torch.nn.Module or of a state dict.
+    """The tensors of a torch.nn.Module, of a state dict, or of the files at a path.
 
-    Raises ConfigError where it is neither, InputError where a module has no weights (torch's meta device).
+    Raises ConfigError where it is none of these, InputError where files cannot be read or a module has no weights (torch's meta device).
 
     >>> weights_of({"fc.weight": np.zeros((4, 3))}).shapes
     {'fc.weight': (4, 3)}
     """
+    if isinstance(source, str | os.PathLike):
+        return _stored(source)
     torch = sys.modules.get("torch")
     kinds: dict[str, tuple[str, ...]] = {}
     epsilons: dict[str, float] = {}
@@ -50,8 +58,8 @@ def weights_of(source: Any) -> Weights:
         epsilons = {name: module.eps for name, module in source.named_modules() if isinstance(getattr(module, "eps", None), float)}
         source = source.state_dict()
     if not isinstance(source, Mapping):
-        problem = Problem(f"this is a {type(source).__name__}", "for a checkpoint's file: load it first")
-        raise ConfigError("convert_module takes a torch.nn.Module or a state dict", [problem])
+        problem = Problem(f"this is {type(source).__name__}", "give one of these")
+        raise ConfigError("convert_module takes a torch.nn.Module, a state dict or a path", [problem])
     tensors: dict[str, Array] = {}
     places: dict[object, list[str]] = {}
     empty = []
@@ -65,8 +73,25 @@ def weights_of(source: Any) -> Weights:
             places.setdefault(place, []).append(name)
     if empty:
         raise InputError("the module has no weights", [*empty[:5], Problem(f"{len(empty)} in all", "load the checkpoint into it first")])
-    tied = {name: tuple(other for other in names if other != name) for names in places.values() if len(names) > 1 for name in names}
-    return Weights(tensors, kinds, tied, epsilons)
+    return Weights(tensors, kinds, _tied(places.values()), epsilons)
+
+
+def _stored(path: str | os.PathLike[str]) -> Weights:
+    """All tensors of a checkpoint's files."""
+    source = open_source(path)
+    tensors: dict[str, Array] = {}
+    places: dict[object, list[str]] = {}
+    with Reader(source.root, coalesce_gap=0) as reader:
+        for name, tensor in source.tensors.items():
+            tensors[name] = out = np.empty(tensor.shape, dtype_of_code(tensor.dtype).numpy)
+            reader.read(tensor, whole(tensor.shape), out)
+            places.setdefault((tensor.file, tensor.offset, tensor.nbytes) if tensor.nbytes else name, []).append(name)
+    return Weights(tensors, {}, _tied(places.values()), {})
+
+
+def _tied(places: Iterable[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The names that share a place, each with the others."""
+    return {name: tuple(other for other in names if other != name) for names in places if len(names) > 1 for name in names}
 
 
 def _classes(torch: Any, module: Any) -> tuple[str, ...]:
