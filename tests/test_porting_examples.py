@@ -76,8 +76,10 @@ def test_resnet(depths: tuple[int, ...], width: int) -> None:
     module, x = shaken(ResNet(depths, width, 10)), images(64, 48)
     model = resnet.ResNet(depths, width, 10)
     last = jnp.asarray(np.moveaxis(x, 1, -1))
-    variables = jax.eval_shape(model.init, KEY, last)
-    variables = shardconv.convert_module(module, variables, resnet.MAPPING)
+    shapes = jax.eval_shape(model.init, KEY, last)
+    variables = shardconv.convert_module(module, shapes, resnet.MAPPING)
+    for source in (module, module.state_dict()):  # names and shapes say all of the mapping
+        assert jax.tree.all(jax.tree.map(np.array_equal, shardconv.convert_module(source, shapes), variables))
     forward = jax.jit(model.apply, compiler_options=QUICK)
     found = channels_first(forward(variables, last))
     other = dict(variables["params"], stem_norm=dict(variables["params"]["stem_norm"], bias=variables["params"]["stem_norm"]["scale"]))
@@ -195,6 +197,22 @@ def test_dinov3(library: str, layers: int, tmp_path: Path) -> None:
     if library == "equinox":
         swapped = eqx.tree_at(lambda model: (model.blocks[0].query.weight, model.blocks[0].key.weight), model, replace_fn=lambda w: w.T)
         assert worst(tokens(library, swapped, x, masked), expected, noise)["1"] > 100 * FACTOR
+
+
+TOKENS = ("class_token", "registers", "mask_token")  # they have other shapes, and the scales names that say something else
+
+
+def test_what_names_do_not_say_of_dinov3_is_open(tmp_path: Path) -> None:
+    module, sizes = hugging_face(2)
+    module.save_pretrained(tmp_path)
+    text = shardconv.propose_mapping(tmp_path, model_of("nnx", sizes))
+    scales = {f"blocks.{block}.scale{n}": f"layer.{block}.layer_scale{n}.lambda1" for block in (0, 1) for n in (1, 2)}
+    assert {line.split('"')[1] for line in text.splitlines() if line.startswith('# "')} == {*TOKENS, *scales}
+    by_hand = tomllib.loads((EXAMPLES / "dinov3_nnx.toml").read_text())["mapping"]
+    completed = {**tomllib.loads(text)["mapping"], **{name: by_hand[name] for name in TOKENS}, **scales}
+    models = [shardconv.convert_module(tmp_path, model_of("nnx", sizes), mapping) for mapping in (completed, by_hand)]
+    leaves = [jax.tree.leaves(nnx.state(model)) for model in models]
+    assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
 def test_a_mask_that_was_not_loaded_is_refused() -> None:
