@@ -28,7 +28,8 @@ from functools import lru_cache
 Axes = Mapping[str, int | tuple[str, ...] | str]
 
 # A number in a name. No axis is longer than 18 digits, and Python refuses to read a number of thousands.
-DECIMAL = "([0-9]{1,18})"
+DIGITS = 18
+DECIMAL = f"([0-9]{{1,{DIGITS}}})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,10 @@ def _hole(text: str, axes: Axes) -> Hole:
     labels = size if len(dim) == 1 and isinstance(size, tuple) else ()
     if plus and labels:
         raise ValueError(f"{{{text}}}: labels take no offset")
-    return Hole(dim, _length([start.strip()], axes) if plus else 0, labels)
+    first = _length([start.strip()], axes) if plus else 0
+    if len(str(first + math.prod(digit.size for digit in dim))) > DIGITS:
+        raise ValueError(f"{{{text}}}: a number in a name has {DIGITS} digits at most")
+    return Hole(dim, first, labels)
 
 
 def _dim(group: str, axes: Axes, part: int) -> Dim:

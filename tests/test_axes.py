@@ -218,6 +218,9 @@ def test_brackets_must_match(dims: str) -> None:
 KNOWN = "alias, blocks, dense, embed, experts, half, head_dim, heads, kind, kv_heads, layers, mlp, none, pair, proj, vocab"
 
 
+MANY = ": a number in a name has 18 digits at most"
+
+
 @pytest.mark.parametrize(
     ("name", "dims", "part", "message"),
     [
@@ -230,6 +233,7 @@ KNOWN = "alias, blocks, dense, embed, experts, half, head_dim, heads, kind, kv_h
         ("h.{layers+}", "", 0, f"h.{{layers+}} []: axis '' has no size; known: {KNOWN}"),
         ("h.{}", "", 0, "h.{} []: {} names no axis"),
         ("h.{+3}", "", 0, "h.{+3} []: {+3} names no axis"),
+        ("h.{layers+999999999999999999}", "", 0, "h.{layers+999999999999999999} []: {layers+999999999999999999}" + MANY),
         ("h.{kind+1}", "", 0, "h.{kind+1} []: {kind+1}: labels take no offset"),
         ("h.{layers", "embed", 0, "h.{layers [embed]: the braces do not match"),
         ("h.layers}", "embed", 0, "h.layers} [embed]: the braces do not match"),
