@@ -14,7 +14,7 @@ from shardconv.plan import Plan
 from shardconv.run import Finished
 from shardconv.run.heartbeat import Heartbeat, memory
 from shardconv.run.job import Job, load_job, load_plan
-from shardconv.run.work import Workspace, do_unit
+from shardconv.run.work import Done, Workspace, do_unit
 from shardconv.sinks.chunk_writer import discard
 
 
@@ -51,12 +51,16 @@ def run_unit(state: str, unit: int) -> Finished:
         done = do_unit(
             worker.plan, worker.plan.units[unit], job.place.stage, attempt, job.store, worker.heartbeat.tick, worker.workspace
         )
-        winner = str(worker.ledger.record(unit, asdict(done))["attempt"])
+        return recorded(worker.ledger, job, done)
     finally:
         worker.heartbeat.end()
-    if winner != attempt and job.store.ocdbt:
-        discard(job.place.stage, attempt)
-    _, peak = memory()
+
+
+def recorded(ledger: Ledger, job: Job, done: Done) -> Finished:
+    """Enter a durable unit in the ledger; where another attempt at it came first, that one counts and this one is thrown away."""
+    winner = str(ledger.record(done.unit, asdict(done))["attempt"])
+    if winner != done.attempt and job.store.ocdbt:
+        discard(job.place.stage, done.attempt)
     return Finished(
-        unit, winner, done.bytes_read, done.bytes_written, done.requests, done.seconds, peak, done.pid, done.host
+        done.unit, winner, done.bytes_read, done.bytes_written, done.requests, done.seconds, memory()[1], done.pid, done.host
     )

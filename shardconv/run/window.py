@@ -5,31 +5,26 @@ own: a unit is what one device writes, from its own memory, chunk by chunk, thro
 An array is placed when any of its units is not recorded yet, so a window that was interrupted costs its reading again and little else.
 """
 
-import os
 import secrets
-import socket
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import cycle
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
-from shardconv.boxes import Box, box_shape, chunk_box, slices
+from shardconv.boxes import Box, slices
 from shardconv.copying import copy
-from shardconv.dtypes import dtype_named, raw_view
+from shardconv.dtypes import raw_view
 from shardconv.formats.reading import ReadCounts, Reader
 from shardconv.ledger import Ledger
 from shardconv.mesh.choosing import Way, can_exchange, choose
 from shardconv.placement import device_boxes
 from shardconv.plan import READ_GAP, Leaf, Plan, Unit
 from shardconv.run import Finished
-from shardconv.run.heartbeat import Heartbeat, memory
+from shardconv.run.heartbeat import Heartbeat
 from shardconv.run.job import Job
-from shardconv.run.work import Array, Done, Workspace, array_spec, require_unchanged
-from shardconv.sinks.chunk_writer import UnitWriter, discard
+from shardconv.run.unit import recorded
+from shardconv.run.work import Array, Workspace, require_unchanged, write_unit
 
 if TYPE_CHECKING:
     import jax
@@ -118,42 +113,14 @@ def _shard(array: "jax.Array", device: Any) -> Shard:
 
 
 def _write(member: Member, unit: Unit, arrays: Mapping[int, "jax.Array"], device: Any, read: ReadCounts) -> Finished:
-    started, cpu = time.perf_counter(), time.process_time()
-    plan, store, stage = member.plan, member.job.store, member.job.place.stage
-    attempt, digests = f"u{unit.number}x{secrets.token_hex(3)}", []
-    turns = cycle(("chunk", "other chunk"))
-    with UnitWriter(stage, attempt, store, member.workspace.scratch) as writer:
-        for span in unit.spans:
-            leaf = plan.leaves[span.leaf]
-            corner, data = _shard(arrays[span.leaf], device)
-            for number in range(span.start, span.stop):
-                box = chunk_box(leaf.shape, leaf.chunk, number)
-                within = tuple((a - start, b - start) for (a, b), (start, _) in zip(box, corner, strict=True))
-                out = member.workspace.array(next(turns), box_shape(box), dtype_named(leaf.dtype).numpy)
-                copy(raw_view(out), raw_view(data)[slices(within)])
-                digests.append((span.leaf, number, xxhash.xxh3_64_hexdigest(raw_view(out).data)))
-                writer.write(array_spec(leaf), box, out)
-                member.heartbeat.tick(out.nbytes)
-        written = writer.finish()
-    done = Done(
-        unit=unit.number,
-        attempt=attempt,
-        bytes_read=read.bytes_read,
-        bytes_needed=read.bytes_needed,
-        bytes_written=written.bytes_written,
-        requests=read.requests,
-        chunks=written.chunks,
-        files=written.files,
-        seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - cpu,
-        peak_rss=memory()[1],
-        pid=os.getpid(),
-        host=socket.gethostname(),
-        digests=tuple(digests),
-    )
-    winner = str(member.ledger.record(unit.number, asdict(done))["attempt"])
-    if winner != attempt and store.ocdbt:
-        discard(stage, attempt)
-    return Finished(
-        unit.number, winner, done.bytes_read, done.bytes_written, done.requests, done.seconds, done.peak_rss, done.pid, done.host
-    )
+    plan, job = member.plan, member.job
+    shards = {span.leaf: _shard(arrays[span.leaf], device) for span in unit.spans}
+
+    def fill(number: int, box: Box, out: Array) -> None:
+        corner, data = shards[number]
+        within = tuple((a - start, b - start) for (a, b), (start, _) in zip(box, corner, strict=True))
+        copy(raw_view(out), raw_view(data)[slices(within)])
+
+    attempt, tick = f"u{unit.number}x{secrets.token_hex(3)}", member.heartbeat.tick
+    done = write_unit(plan, unit, job.place.stage, attempt, job.store, tick, member.workspace, fill, lambda: read)
+    return recorded(member.ledger, job, done)

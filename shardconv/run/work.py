@@ -22,7 +22,7 @@ from shardconv.boxes import Box, box_shape, chunk_box
 from shardconv.dtypes import dtype_named, dtype_of_code, raw_view
 from shardconv.errors import InputError
 from shardconv.formats import StoredTensor
-from shardconv.formats.reading import Reader
+from shardconv.formats.reading import ReadCounts, Reader
 from shardconv.plan import READ_GAP, Leaf, Plan, Unit, leaf_pieces
 from shardconv.run.heartbeat import memory
 from shardconv.sinks.chunk_writer import UnitWriter
@@ -86,31 +86,56 @@ def do_unit(
 
     Raises InputError where the source is not what was planned, RunError where a disk fails.
     """
+    with Reader(plan.source.root, coalesce_gap=READ_GAP) as reader:
+
+        def fill(number: int, box: Box, out: Array) -> None:
+            make_box(plan.leaves[number], box, plan.source.tensors, reader, workspace, out)
+
+        def read() -> ReadCounts:
+            require_unchanged(plan.source, reader.touched)
+            return reader.counts
+
+        return write_unit(plan, unit, stage, attempt, options, tick, workspace, fill, read)
+
+
+def write_unit(
+    plan: Plan,
+    unit: Unit,
+    stage: str,
+    attempt: str,
+    options: StoreOptions,
+    tick: Callable[[int], None],
+    workspace: Workspace,
+    fill: Callable[[int, Box, Array], None],
+    read: Callable[[], ReadCounts],
+) -> Done:
+    """Writes the chunks of a unit, each of which `fill` puts into a buffer, by leaf and box; durable on return.
+
+    `read` is asked when all chunks are there and none counts yet: it says what was read for them, or raises, and nothing was done.
+    """
     started, cpu = time.perf_counter(), time.process_time()
     digests = []
     turns = itertools.cycle(("chunk", "other chunk"))
-    reading = Reader(plan.source.root, coalesce_gap=READ_GAP)
-    with reading as reader, UnitWriter(stage, attempt, options, workspace.scratch) as writer:
+    with UnitWriter(stage, attempt, options, workspace.scratch) as writer:
         for span in unit.spans:
             leaf = plan.leaves[span.leaf]
             spec = array_spec(leaf)
             for number in range(span.start, span.stop):
                 box = chunk_box(leaf.shape, leaf.chunk, number)
                 out = workspace.array(next(turns), box_shape(box), dtype_named(leaf.dtype).numpy)
-                make_box(leaf, box, plan.source.tensors, reader, workspace, out)
+                fill(span.leaf, box, out)
                 digests.append((span.leaf, number, xxhash.xxh3_64_hexdigest(raw_view(out).data)))
                 writer.write(spec, box, out)
                 tick(out.nbytes)
-        require_unchanged(plan.source, reader.touched)
+        counts = read()
         written = writer.finish()
-        read = reader.counts
     return Done(
         unit=unit.number,
         attempt=attempt,
-        bytes_read=read.bytes_read,
-        bytes_needed=read.bytes_needed,
+        bytes_read=counts.bytes_read,
+        bytes_needed=counts.bytes_needed,
         bytes_written=written.bytes_written,
-        requests=read.requests,
+        requests=counts.requests,
         chunks=written.chunks,
         files=written.files,
         seconds=time.perf_counter() - started,
