@@ -86,13 +86,14 @@ def budgeted(config: Config, address: str, *, verbose: bool) -> Iterator[Config]
     `address` is a Ray cluster's, or "local". Raises RunError for a cluster that cannot be joined.
     """
     workers = config.workers
-    if workers.memory_budget != "auto" or workers.executor != "ray" or address == "local" or config.mesh.places:
+    if workers.memory_budget != "auto" or workers.executor != "ray" or address == "local":
         yield with_budget(config, worker_budget(config))
         return
     from shardconv.run import nodes, ray
 
     with ray.connected(address, None, verbose):
-        yield with_budget(config, nodes.shared_budget(nodes.nodes()))
+        processes = config.mesh.processes if config.mesh.places else None
+        yield with_budget(config, nodes.shared_budget(nodes.nodes(), processes))
 
 
 def with_budget(config: Config, budget: int) -> Config:
@@ -106,5 +107,6 @@ def worker_budget(config: Config) -> int:
         return config.workers.memory_budget
     machine = this_machine()
     if config.mesh.places:  # on a cluster one process per node
-        return default_budget(machine, config.mesh.processes if config.workers.address == "local" else 1)
+        alone = config.workers.executor == "local" or config.workers.address == "local"
+        return default_budget(machine, config.mesh.processes if alone else 1)
     return default_budget(machine, config.workers.count or machine.cores)

@@ -24,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from shardconv.run import Began, Finished, Note, Ready, Retried, Stage, Told, Waiting
+from shardconv.run import Began, Finished, Note, Ready, Restarted, Retried, Stage, Told, Waiting
 from shardconv.run.heartbeat import WorkerState, read_compared, read_workers
 
 EVERY = 30.0  # seconds between two lines in a log: a silence that a person, or a cluster's watchdog, does not take for a hang
@@ -153,6 +153,8 @@ def message(told: Told, verbose: bool) -> str | None:
     if isinstance(told, Retried):
         text = f"unit {told.unit} failed ({told.error}); it is tried again ({told.failures + 1} of 3)"
         return f"{text}\n{told.trace}".rstrip() if verbose else text
+    if isinstance(told, Restarted):
+        return f"all processes are started again ({told.times} of {told.most}): {told.error}"
     if isinstance(told, Waiting):
         return f"nothing heard of unit {told.unit} for {told.seconds:.0f} s ({told.where})"
     if isinstance(told, Note):

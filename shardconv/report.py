@@ -320,7 +320,8 @@ def _plan_facts(plan: Plan, *, ocdbt: bool) -> Table:
     facts.add_row("source", f"{source.root}: {amount(source.total_bytes)}, {len(source.tensors)} tensors in {len(source.files)} files")
     facts.add_row("target", f"{plan.layout}, {amount(plan.target_bytes)} in {len(plan.leaves)} arrays, {rounds} of which round")
     requests = "" if plan.windows else f" in {plan.requests:,} requests"  # on a mesh they depend on who has which devices
-    reads = f"{amount(plan.bytes_read)}{requests}, {_ratio(plan.bytes_read, used):.2f} x what is used"
+    least = "at least " if plan.windows else ""
+    reads = f"{least}{amount(plan.bytes_read)}{requests}, {_ratio(plan.bytes_read, used):.2f} x what is used"
     facts.add_row("names", "none missing, none unmapped")
     facts.add_row("reads", reads)
     largest = amount(_largest(plan).bytes_written)
@@ -329,7 +330,8 @@ def _plan_facts(plan: Plan, *, ocdbt: bool) -> Table:
     facts.add_row("mesh", ", ".join(f"{axis} {size}" for axis, size in plan.mesh.axes.items()) or "none: arrays are whole")
     if plan.windows:
         most = max(window.stop - window.start for window in plan.windows)
-        said = f"{len(plan.windows)}, of at most {most} arrays on the mesh at once; {plan.processes} processes share it"
+        many = f"{plan.processes} process{'' if plan.processes == 1 else 'es'}"
+        said = f"{len(plan.windows)}, of at most {most} arrays on the mesh at once; {many} in all"
         facts.add_row("windows", said)
     for note in plan.notes:
         facts.add_row("note", note)

@@ -10,7 +10,7 @@ from test_mesh_run import TWO, WINDOWS, conversion_of
 from waiting import alive
 
 from shardconv.planning import plan_from_config
-from shardconv.run import Finished, Ready, Retried, Told
+from shardconv.run import Finished, Ready, Restarted, Told
 from shardconv.run.heartbeat import read_workers
 from shardconv.run.ray_group import bundle
 
@@ -36,8 +36,8 @@ def test_actors_share_the_mesh_and_a_lost_one_costs_one_start(tmp_path: Path) ->
 
     conversion.drive(kill_one)
     assert next(told.where for told in conversion.told if isinstance(told, Ready)) == "2 Ray actors on this machine"
-    (retried,) = (told for told in conversion.told if isinstance(told, Retried))
-    assert retried.error.startswith("all processes are started again: process ")
+    (retried,) = (told for told in conversion.told if isinstance(told, Restarted))
+    assert retried.error.startswith("process ")
     assert restored(conversion.out) == restored(streamed.out)
     assert set(free) == {1.0}
     assert len(pids) >= 3

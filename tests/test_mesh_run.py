@@ -18,7 +18,7 @@ from shardconv.errors import ConfigError, RunError
 from shardconv.ledger import Ledger
 from shardconv.plan import Plan
 from shardconv.planning import plan_from_config
-from shardconv.run import Finished, Patience, Ready, Retried, Told, Waiting, driver, gang
+from shardconv.run import Finished, Patience, Ready, Restarted, Told, Waiting, driver, gang
 from shardconv.run.job import Job, Place, state_path
 from shardconv.run.local_group import LocalGroup
 from shardconv.run.member import Hello
@@ -144,9 +144,9 @@ def test_windows_are_done_one_after_another_and_not_again(tmp_path: Path, source
 def test_a_process_that_dies_costs_one_start_and_no_finished_unit(tmp_path: Path, source: Path, streamed: dict[str, bytes]) -> None:
     conversion = conversion_of(tmp_path, source, *TWO, *WINDOWS)
     conversion.drive(strike(signal.SIGKILL))
-    retried = [told for told in conversion.told if isinstance(told, Retried)]
+    retried = [told for told in conversion.told if isinstance(told, Restarted)]
     assert len(retried) == 1
-    assert retried[0].error.startswith("all processes are started again: process ")
+    assert retried[0].error.startswith("process ")
     assert "was killed by SIGKILL" in retried[0].error
     assert sum(isinstance(told, Ready) for told in conversion.told) == 1
     assert sorted(conversion.finished()) == list(range(len(conversion.plan.units)))
@@ -178,8 +178,8 @@ def test_a_process_that_hangs_is_named_and_all_are_started_again(
     conversion = conversion_of(tmp_path, source, *TWO, *WINDOWS)
     conversion.drive(strike(signal.SIGSTOP))
     assert any(isinstance(told, Waiting) for told in conversion.told)
-    (retried,) = (told for told in conversion.told if isinstance(told, Retried))
-    assert retried.error.startswith("all processes are started again: no sign of life for ")
+    (retried,) = (told for told in conversion.told if isinstance(told, Restarted))
+    assert retried.error.startswith("no sign of life for ")
     assert members() == []
     assert restored(conversion.out) == streamed
 
@@ -250,11 +250,23 @@ def test_too_few_devices_are_a_report_before_anything_is_read(begun: tuple[str, 
     host = os.uname().nodename
     assert lines == [
         "the devices are not those of the mesh (3 problems):",
-        "  the mesh has 4 devices (fsdp 2 x tensor 2), 2 for each of 2 processes",
+        "  the mesh has 4 cpu devices (fsdp 2 x tensor 2), 2 for each of 2 processes",
         f"  pid {pids[0]} on {host} has 1 (cpu)",
         f"  pid {pids[1]} on {host} has 1 (cpu)",
-        "      set mesh.axes to what there is, or mesh.processes so that each process has 4 / processes devices",
+        "      set mesh.axes to what there is, mesh.processes so that each has 4 / processes devices, or mesh.platform",
     ]
+
+
+def test_devices_of_another_kind_are_refused(begun: tuple[str, Plan], group: Altered) -> None:
+    def on_cpus(self: Altered, member: int, function: str, arguments: tuple[object, ...]) -> tuple[object, ...]:
+        return (*arguments[:4], gang.environment_of("cpu", 2), *arguments[5:]) if function == "join" else arguments
+
+    Altered.alter = on_cpus
+    with pytest.raises(ConfigError) as caught:
+        gang.meet(group, *begun, "gpu")
+    lines = str(caught.value).splitlines()
+    assert lines[1] == "  the mesh has 4 gpu devices (fsdp 2 x tensor 2), 2 for each of 2 processes"
+    assert lines[2] == f"  pid {group._children[0].pid} on {os.uname().nodename} has 2 (cpu)"
 
 
 @pytest.mark.parametrize(("at", "said"), [("hello", "has not started"), ("join", "has not joined the others at 127.0.0.1:")])

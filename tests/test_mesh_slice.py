@@ -55,7 +55,7 @@ def test_processes_are_the_hosts_of_the_slice_in_their_order(
 
     def on_the_slice(self: object, pending: list[int]) -> Iterator[object]:
         return gang.execute(
-            conversion.ledger.state, pending, start=start, request=REQUEST, platform="cpu", patience=gang.Patience(60, 600), name=str
+            conversion.ledger.state, pending, start=start, request=REQUEST, platform="cpu", patience=gang.Patience(60, 600)
         )
 
     monkeypatch.setattr("shardconv.run.driver._Run._on_mesh", on_the_slice)

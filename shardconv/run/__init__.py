@@ -79,6 +79,15 @@ class Retried:
 
 
 @dataclass(frozen=True)
+class Restarted:
+    """All processes on a mesh are started again, for the `times`-th time of `most`: one of them is gone, or failed."""
+
+    times: int
+    most: int
+    error: str
+
+
+@dataclass(frozen=True)
 class Waiting:
     """Nothing has been heard of a unit for `seconds`; `where` names the process that has it, or says that none has."""
 
@@ -94,7 +103,7 @@ class Note:
     text: str
 
 
-Event = Ready | Finished | Retried | Waiting | Note
+Event = Ready | Finished | Retried | Restarted | Waiting | Note
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from shardconv.json_text import json_text
 from shardconv.ledger import Ledger
 from shardconv.lock import Lock
 from shardconv.plan import Plan
-from shardconv.run import AGAIN, Began, Event, Failed, Finished, Note, Patience, Ready, Retried, Sealed, Stage, Told, disk_report
+from shardconv.run import AGAIN, Began, Event, Failed, Finished, Note, Patience, Ready, Restarted, Retried, Sealed, Stage, Told, disk_report
 from shardconv.run.child import Child, ChildDied
 from shardconv.run.heartbeat import WorkerState, memory, read_workers
 from shardconv.run.job import Place, state_path
@@ -279,7 +279,7 @@ class _Run:
         request, processes, state = self._request, self._plan.processes, self._ledger.state
         if request.executor == "local":
             return on_children(
-                state, pending, processes=processes, request=request.mesh, patience=PATIENCE, name=self._name, verbose=request.verbose
+                state, pending, processes=processes, request=request.mesh, patience=PATIENCE, verbose=request.verbose
             )
         self._keep_ray(processes)
         return on_ray(
@@ -288,9 +288,9 @@ class _Run:
             processes=processes,
             address=request.address,
             source=self._plan.source.root,
+            budget=request.budget,
             request=request.mesh,
             patience=PATIENCE,
-            name=self._name,
             verbose=request.verbose,
         )
 
@@ -306,7 +306,7 @@ class _Run:
             self._ready = event
             self._begun = time.perf_counter()
             self._stages.enter("units")
-        elif isinstance(event, Retried):
+        elif isinstance(event, Retried | Restarted):
             self._retried += 1
         elif isinstance(event, Finished):
             self._finished.append((time.perf_counter() - self._begun, event))

@@ -11,18 +11,21 @@ ledger, at most `max_restarts` times. Every wait has an end, and says who did no
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
 from shardconv.errors import ConfigError, Problem, RunError
 from shardconv.ledger import Ledger
 from shardconv.plan import Plan
-from shardconv.run import AGAIN, Event, Failed, Failures, Finished, Patience, Ready, Retried
+from shardconv.run import AGAIN, Event, Failed, Failures, Finished, Patience, Ready, Restarted
 from shardconv.run.heartbeat import Pulse
 from shardconv.run.job import load_plan
 from shardconv.run.member import Hello, Joined
 
 Platform = Literal["cpu", "gpu", "tpu"]
+
+# What jax may call them.
+PLATFORMS: Mapping[Platform, tuple[str, ...]] = {"cpu": ("cpu",), "gpu": ("gpu", "cuda", "rocm"), "tpu": ("tpu",)}
 
 WAKE = 1.0  # seconds between two looks at the clock while all processes are busy
 START = 120.0  # seconds for a process to say hello: Ray starts one in 2, a machine that has to fetch an image in 60
@@ -70,14 +73,13 @@ def execute(
     request: MeshRequest,
     platform: Platform,
     patience: Patience,
-    name: Callable[[int], str],
 ) -> Generator[Event, None, None]:
     """Do `units` of the plan in `state`, by groups that `start` starts.
 
     Raises the report of a unit that has one, ConfigError for processes or devices that are not what the plan wants, and RunError where they
     do not come together or are lost too often; finished units stay finished.
     """
-    return _Gang(state, units, start, request, platform, patience, Failures(name)).run()
+    return _Gang(state, units, start, request, platform, patience).run()
 
 
 class _Gang:
@@ -89,13 +91,12 @@ class _Gang:
         request: MeshRequest,
         platform: Platform,
         patience: Patience,
-        failures: Failures,
     ) -> None:
         self._ledger, self._start, self._request, self._platform = Ledger(state), start, request, platform
         self._plan = load_plan(self._ledger)
         self._left = set(units)
-        self._patience, self._failures = patience, failures
-        self._restarts = 0
+        self._patience = patience
+        self._restarts, self._told = 0, False
 
     def run(self) -> Generator[Event, None, None]:
         while True:
@@ -112,7 +113,8 @@ class _Gang:
         group = self._start()
         try:
             order = meet(group, self._ledger.state, self._plan, self._platform)
-            if not self._restarts:
+            if not self._told:
+                self._told = True
                 yield Ready(len(order), group.where)
             for number, window in enumerate(self._plan.windows):
                 pending = tuple(unit for _, unit in window.units if unit in self._left)
@@ -131,7 +133,7 @@ class _Gang:
             for _, answer in group.answers(WAKE):
                 waiting -= 1
                 if isinstance(answer, Failed):
-                    self._failures.add(replace(answer, unit=pending[0]))
+                    Failures(lambda _: "a process on the mesh").add(answer)  # raises what is no accident
                     raise Lost(answer.error)
                 for done in cast(list[Finished], answer):
                     self._left.discard(done.unit)
@@ -148,13 +150,13 @@ class _Gang:
                 self._left.discard(unit)
                 yield Finished(**{key: record[key] for key in Finished.__dataclass_fields__})  # type: ignore[arg-type]
 
-    def _again(self, why: str) -> Retried:
+    def _again(self, why: str) -> Restarted:
         self._restarts += 1
         if self._restarts > self._request.max_restarts:
             times = f"{self._restarts} times" if self._restarts > 1 else "once"
             problem = Problem(f"last: {why}", f"{AGAIN} to go on from the finished units; -v shows what the processes said")
             raise RunError(f"the processes on the mesh died {times}", [problem])
-        return Retried(min(self._left), self._restarts, f"all processes are started again: {why}")
+        return Restarted(self._restarts, self._request.max_restarts, why)
 
 
 def meet(group: Group, state: str, plan: Plan, platform: Platform) -> Sequence[int]:
@@ -175,7 +177,7 @@ def meet(group: Group, state: str, plan: Plan, platform: Platform) -> Sequence[i
         group.ask(member, "join", state, meeting, count, rank, environment, int(MEET))
     missing = f"has not joined the others at {meeting}"
     joined = _all(group, count, MEET + GRACE, lambda member: f"process {member} of {count} ({found[member].name}) {missing}", jax=MEET)
-    _require_devices(cast(Mapping[int, Joined], joined), found, plan)
+    _require_devices(cast(Mapping[int, Joined], joined), found, plan, platform)
     return order
 
 
@@ -215,15 +217,16 @@ def _require_names(found: Mapping[int, Hello], platform: Platform) -> None:
         raise RunError("the hosts cannot meet", [Problem(fact, "give it that address in /etc/hosts, in place of 127.0.0.1 or 127.0.1.1")])
 
 
-def _require_devices(joined: Mapping[int, Joined], found: Mapping[int, Hello], plan: Plan) -> None:
+def _require_devices(joined: Mapping[int, Joined], found: Mapping[int, Hello], plan: Plan, platform: Platform) -> None:
     count, devices = plan.processes, plan.mesh.devices
-    wrong = [member for member, brought in sorted(joined.items()) if brought.own * count != devices]
+    kinds = PLATFORMS[platform]
+    wrong = [member for member, one in sorted(joined.items()) if one.own * count != devices or one.platform not in kinds]
     if not wrong:
         return
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.axes.items())
     facts = [f"{found[member].name} has {joined[member].own} ({joined[member].platform})" for member in wrong]
-    remedy = f"set mesh.axes to what there is, or mesh.processes so that each process has {devices} / processes devices"
-    wanted = f"the mesh has {devices} devices ({axes}), {devices // count} for each of {count} processes"
+    remedy = f"set mesh.axes to what there is, mesh.processes so that each has {devices} / processes devices, or mesh.platform"
+    wanted = f"the mesh has {devices} {platform} devices ({axes}), {devices // count} for each of {count} processes"
     raise ConfigError("the devices are not those of the mesh", [Problem(wanted), *map(Problem, facts[:-1]), Problem(facts[-1], remedy)])
 
 
@@ -235,4 +238,4 @@ def environment_of(platform: Platform, devices: int) -> Mapping[str, str]:
     """
     if platform == "cpu":
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return {"JAX_PLATFORMS": {"gpu": "cuda,cpu", "tpu": "tpu,cpu"}[platform]}
+    return {"JAX_PLATFORMS": {"gpu": "", "tpu": "tpu,cpu"}[platform]}  # "" leaves it to jax whether a GPU is CUDA's or ROCm's

@@ -94,7 +94,10 @@ def coordinator(address: str) -> str:
 def join(state: str, meeting: str, count: int, rank: int, environment: Mapping[str, str], patience: int) -> Joined:
     """Meet the others, and make the mesh; returns when all have come, raises after `patience` seconds without one of them."""
     assert "jax" not in sys.modules, "jax was imported before its devices were chosen"
+    flags = os.environ.get("XLA_FLAGS", "")
     os.environ.update(environment)
+    if "XLA_FLAGS" in environment:  # the last of two counts holds
+        os.environ["XLA_FLAGS"] = f"{flags} {environment['XLA_FLAGS']}".strip()
     import jax
 
     jax.distributed.initialize(
@@ -108,7 +111,7 @@ def join(state: str, meeting: str, count: int, rank: int, environment: Mapping[s
     found = Joined(jax.local_device_count(), jax.device_count(), jax.default_backend())
     ledger = Ledger(state)
     plan = load_plan(ledger)
-    if found.all != plan.mesh.devices or found.own * count != found.all:
+    if found.own * count != plan.mesh.devices or found.all != plan.mesh.devices:
         return found  # the driver says what is wrong
     from jax.experimental import mesh_utils, multihost_utils
     from jax.sharding import Mesh

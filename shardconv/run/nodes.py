@@ -62,13 +62,16 @@ def nodes() -> tuple[Node, ...]:
     )
 
 
-def shared_budget(members: Sequence[Node]) -> int:
-    """Bytes of buffers for each worker of a cluster, where nobody chose: half of the memory of the node that has least per CPU.
+def shared_budget(members: Sequence[Node], processes: int | None = None) -> int:
+    """Bytes of buffers for each worker of a cluster, where nobody chose: half of the memory of the node that has least per worker.
 
-    >>> shared_budget([Node("a", "10.0.0.1", "one", 8, 64 * 2**30), Node("b", "10.0.0.2", "two", 8, 16 * 2**30)]) // MIB
+    Workers are one per CPU; or `processes`, spread over the nodes.
+
+    >>> shared_budget([Node("a", "10.0.0.1", 8, 64 * 2**30), Node("b", "10.0.0.2", 8, 16 * 2**30)]) // MIB
     1024
     """
-    shares = [default_budget(Machine(node.cpus, node.memory, node.memory, None), node.cpus) for node in members]
+    each = None if processes is None else -(-processes // max(len(members), 1))
+    shares = [default_budget(Machine(node.cpus, node.memory, node.memory, None), each or node.cpus) for node in members]
     return max(min(shares, default=LEAST), LEAST)
 
 

@@ -35,18 +35,19 @@ class Member:
 
 
 class RayGroup:
-    """`count` actors of the connected Ray; see `gang.Group`."""
+    """`count` actors of the connected Ray, each of which is promised `memory` bytes where that is a cluster's; see `gang.Group`."""
 
-    def __init__(self, count: int, platform: Platform, where: str) -> None:
+    def __init__(self, count: int, platform: Platform, where: str, memory: int = 0) -> None:
         self.where = f"{count} Ray actor{'' if count == 1 else 's'} on {where}"
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        share = bundle(count, platform, nodes)
+        share = bundle(count, platform, nodes) | ({"memory": float(memory)} if memory else {})
         self._slice, self._placement = _placed(count, share, nodes)
         actor: Any = ray.remote(max_restarts=0, max_task_retries=0)(Member)
         self._actors: list[Any] = [
             actor.options(
                 num_cpus=share["CPU"],
                 num_gpus=share.get("GPU", 0),
+                memory=0 if self._slice else memory,  # Ray's bundles for a slice have none
                 resources={"TPU": share["TPU"]} if "TPU" in share else {},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=place),
             ).remote()
@@ -109,12 +110,20 @@ def _placed(count: int, share: Mapping[str, float], nodes: Sequence[Mapping[str,
         from ray.util.tpu import SlicePlacementGroup
 
         version = tpu[VERSION].rpartition("-")[0]
-        hosts = SlicePlacementGroup(topology=tpu[TOPOLOGY], accelerator_version=version, head_reservation_timeout_s=PLACED)
+        try:
+            hosts = SlicePlacementGroup(topology=tpu[TOPOLOGY], accelerator_version=version, head_reservation_timeout_s=PLACED)
+        except (RayError, RuntimeError, TimeoutError, ValueError) as error:
+            fact = f"no slice of topology {tpu[TOPOLOGY]} ({tpu[VERSION]}) could be had: {first_line(error)}"
+            raise RunError("the processes did not come together", [Problem(fact, "see `ray status` for who has it")]) from error
         if hosts.num_hosts != count:
             hosts.shutdown()
             fact = f"a slice of topology {tpu[TOPOLOGY]} ({tpu[VERSION]}) has {hosts.num_hosts} hosts, mesh.processes is {count}"
             raise ConfigError("the processes are not the hosts of a slice", [Problem(fact, f"set mesh.processes = {hosts.num_hosts}")])
-        return hosts, _ready(cast(PlacementGroup, hosts.slice_placement_group), share, count)
+        try:
+            return hosts, _ready(cast(PlacementGroup, hosts.slice_placement_group), share, count)
+        except RunError:
+            hosts.shutdown()
+            raise
     able = [node for node in nodes if all(node["Resources"].get(name, 0) >= amount for name, amount in share.items())]
     strategy = "STRICT_SPREAD" if count <= len(able) else "PACK"
     return None, _ready(placement_group([dict(share)] * count, strategy=strategy), share, count)

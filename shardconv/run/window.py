@@ -7,7 +7,7 @@ An array is placed when any of its units is not recorded yet, so a window that w
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from shardconv.boxes import Box, slices
 from shardconv.copying import copy
 from shardconv.dtypes import raw_view
+from shardconv.formats import StoredTensor
 from shardconv.formats.reading import ReadCounts, Reader
 from shardconv.ledger import Ledger
 from shardconv.mesh.choosing import Way, can_exchange, choose
@@ -43,6 +44,19 @@ class Member:
     mesh: "Mesh"
     heartbeat: Heartbeat
     workspace: Workspace
+    owed: list[ReadCounts] = field(default_factory=list)  # what was read for windows of which nothing was to be written here
+
+
+class _Beating(Reader):
+    """A reader that is a sign of life."""
+
+    def __init__(self, root: str, heartbeat: Heartbeat) -> None:
+        super().__init__(root, coalesce_gap=READ_GAP)
+        self._heartbeat = heartbeat
+
+    def read(self, tensor: StoredTensor, box: Box, out: Array) -> None:
+        super().read(tensor, box, out)
+        self._heartbeat.tick(0)
 
 
 def do_window(member: Member, placement: str, number: int, pending: Sequence[int]) -> list[Finished]:
@@ -64,13 +78,22 @@ def do_window(member: Member, placement: str, number: int, pending: Sequence[int
         member.heartbeat.begin(own[0][1])
     try:
         arrays, counts = _placed(member, placement, {span.leaf for unit in pending for span in plan.units[unit].spans})
+        member.owed.append(counts)
         done: list[Finished] = []
         for device, unit in own:
             member.heartbeat.begin(unit)
-            done.append(_write(member, plan.units[unit], arrays, device, counts if not done else ReadCounts(0, 0, 0)))
+            done.append(_write(member, plan.units[unit], arrays, device, _all(member.owed)))
+            member.owed.clear()
         return done
     finally:
         member.heartbeat.end()
+
+
+def _all(counts: Sequence[ReadCounts]) -> ReadCounts:
+    """The sum; what is not written here for now goes into the record of the next unit that is."""
+    return ReadCounts(
+        sum(one.requests for one in counts), sum(one.bytes_read for one in counts), sum(one.bytes_needed for one in counts)
+    )
 
 
 def _placed(member: Member, placement: str, leaves: set[int]) -> tuple[Mapping[int, "jax.Array"], ReadCounts]:
@@ -82,13 +105,12 @@ def _placed(member: Member, placement: str, leaves: set[int]) -> tuple[Mapping[i
 
     plan, arrays = member.plan, {}
     tile = max(plan.leaves[number].chunk_bytes for number in leaves)
-    with Reader(plan.source.root, coalesce_gap=READ_GAP) as reader:
+    with _Beating(plan.source.root, member.heartbeat) as reader:
         for number in sorted(leaves):
             leaf = plan.leaves[number]
             place = device.place if _way(member, placement, leaf) == "device" else host.place
             sharding = NamedSharding(member.mesh, PartitionSpec(*leaf.spec))
             arrays[number] = jax.block_until_ready(place(leaf, sharding, plan.source.tensors, reader, member.workspace, tile))
-            member.heartbeat.tick(0)
         require_unchanged(plan.source, reader.touched)
         return arrays, reader.counts
 
