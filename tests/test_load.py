@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xxhash
 from hf_models import small
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from load_in_process import load_in
 from logit_cases import write
 from mesh_cases import MESHES, bits, checkpoint, config_of, made, mesh_of, needed, plan_of
@@ -110,6 +111,20 @@ def test_a_users_tree_comes_back_with_its_own_shardings(llama: Path) -> None:
         np.testing.assert_array_equal(bits(params.embed), bits(planned.read().params["embed"]))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
     assert shardconv.load(llama, mesh, like=abstract, rules={"embed": "a"}).embed.sharding.spec == PartitionSpec(None, "a")
+
+
+def test_arrays_that_nobody_has_placed_do_not_say_how_they_are_split(llama: Path, tmp_path: Path) -> None:
+    mesh, rules = mesh_of(AXES), {"embed": "x"}
+    write(plan_of(llama, "flat", "both"), tmp_path)
+    for source in (llama, tmp_path / "out"):
+        ruled = shardconv.plan_load(source, mesh, rules=rules).abstract
+        fresh = jax.jit(lambda made=ruled: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made))()
+        fresh["final_norm"] = jax.device_put(fresh["final_norm"], jax.devices()[3])
+        params = shardconv.load(source, mesh, rules=rules, like=fresh)
+        assert params.pop("final_norm").sharding == SingleDeviceSharding(jax.devices()[3]), "this one somebody has"
+        del ruled["final_norm"]
+        assert jax.tree.map(lambda leaf: leaf.sharding, params) == jax.tree.map(lambda leaf: leaf.sharding, ruled)
+    assert "  nothing says how embed is split\n      give a mesh and rules, or a sharding in like" in refused(llama, like=fresh)
 
 
 def test_a_single_device_will_do(llama: Path) -> None:
@@ -232,6 +247,87 @@ def test_nothing_is_put_on_every_device_unless_asked_for(llama: Path) -> None:
         "there is no mesh (1 problem):\n  neither a mesh nor shardings were given\n      give a mesh and rules, or like"
     )
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(shardconv.load(llama, mesh_of({"x": 2}), rules={})))
+
+
+NO_RULES = "rules do not say how arrays are split"
+AXIS_REMEDY = 'give the mesh axes of each named axis, such as {"embed": "fsdp"}'
+RULE_REMEDY = 'give mesh axes: one such as "fsdp", several such as ("fsdp", "tensor"), or None'
+
+
+@pytest.fixture(scope="module", params=["safetensors", "orbax"])
+def either(request: pytest.FixtureRequest, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, or what it is converted to."""
+    return llama if request.param == "safetensors" else Path(write(plan_of(llama, "flat", "both"), tmp_path_factory.mktemp("out")))
+
+
+def test_rules_that_are_none(either: Path) -> None:
+    mesh = mesh_of({"x": 2})
+    assert refused(either, mesh, rules={"embed": 2, "heads": ["x", None], 3: "x", "mlp": ("",)}) == (
+        f"{NO_RULES} (4 problems):\n"
+        f"  rules: 3 is no name of an axis\n      {AXIS_REMEDY}\n"
+        f"  rules: 'embed' is split by 2\n      {RULE_REMEDY}\n"
+        f"  rules: 'heads' is split by ['x', None]\n      {RULE_REMEDY}\n"
+        f"  rules: 'mlp' is split by ('',)\n      {RULE_REMEDY}"
+    )
+    assert refused(either, mesh, rules="x") == f"{NO_RULES} (1 problem):\n  rules is 'x'\n      {AXIS_REMEDY}"
+    assert refused(either, mesh, rules=[("embed", "x")]) == (
+        f"{NO_RULES} (1 problem):\n  rules is [('embed', 'x')]\n      {AXIS_REMEDY}"
+    )
+    assert "      a mesh axis splits a dim once" in refused(either, mesh, rules={"embed": ("x", "x")})
+
+
+def test_none_splits_nothing(either: Path) -> None:
+    mesh = mesh_of({"x": 2})
+    none, empty = (shardconv.plan_load(either, mesh, rules={"embed": rule, "mlp": ["x"]}).leaves for rule in (None, ""))
+    assert none == empty and none["layers.mlp.gate"].sharding.spec == PartitionSpec(None, None, "x")
+
+
+def test_what_is_no_mesh(either: Path) -> None:
+    def said(name: str) -> str:
+        remedy = "give a jax.sharding.Mesh, which has devices, such as jax.make_mesh makes"
+        return f"the mesh cannot be used (1 problem):\n  mesh is {name}\n      {remedy}"
+
+    abstract = AbstractMesh((2,), ("x",))
+    assert refused(either, {"x": 2}, rules={"embed": "x"}) == said("dict")
+    assert refused(either, abstract, rules={"embed": "x"}) == said("AbstractMesh")
+    assert refused(either, rules={"embed": "x"}) == (
+        "there is no mesh (1 problem):\n  neither a mesh nor shardings were given\n      give a mesh and rules, or like"
+    )
+    like = shardconv.plan_load(either, mesh_of({"x": 2}), rules={}).abstract
+    like["embed"] = NamedSharding(abstract, PartitionSpec("x"))
+    assert refused(either, like=like) == (
+        "the arrays do not fit (1 problem):\n"
+        "  the sharding of embed is of AbstractMesh, which has no devices\n      give one of a jax.sharding.Mesh"
+    )
+
+
+def test_a_dtype_and_a_budget_that_are_none(either: Path) -> None:
+    dtypes = "source, float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, float8_e4m3fnuz, float8_e5m2fnuz".split(", ")
+    choices = ", ".join(f'"{name}"' for name in dtypes)
+    assert refused(either, mesh_of({"x": 2}), rules={}, dtype="nope", memory_budget="lots") == (
+        "the config is not valid (2 problems):\n"
+        f'  load: [target] dtype = "nope" is not a dtype\n      the choices are {choices}\n'
+        '  load: [workers] memory_budget = "lots" (a string), expected a size, such as "2GiB" or "500MB", or "auto"'
+    )
+    for budget, kind in ((-5, "an integer"), (0, "an integer"), (2.5, "a float")):
+        assert refused(either, mesh_of({"x": 2}), rules={}, memory_budget=budget) == (
+            "the config is not valid (1 problem):\n"
+            f'  load: [workers] memory_budget = {budget} ({kind}), expected a size, such as "2GiB" or "500MB", or "auto"'
+        )
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ('mesh = "x"\nworkers = 3', '  {path}: workers = 3 (an integer), expected the section [workers]'),
+        ('[mesh]\naxes = {{ x = "8" }}', '  {path}: [mesh] axes.x = "8" (a string), expected devices per mesh axis'),
+    ],
+    ids=["sections", "axes"],
+)
+def test_a_config_that_is_none(llama: Path, tmp_path: Path, written: str, said: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(written.format() + f'\n[source]\npath = "{llama}"\n[target]\nlayout = "flat"\n[output]\npath = "out"\n')
+    assert said.format(path=path) in refused(path, memory_budget="1GiB")
 
 
 def test_what_is_asked_for_is_checked_as_a_config_is(llama: Path, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 `like` is a tree of shardings, or of arrays or `jax.ShapeDtypeStruct`s, such as `jax.eval_shape` makes of a model's initialiser. What it
 does not say, be it a dtype or a sharding, is not compared, or comes from the rules. Names are the keys of the tree, joined by dots.
+
+An array that no one has put on devices, such as `jnp.zeros` or an initialiser makes, lies on one because it must lie somewhere. It says
+nothing of how it is to be split; were it asked, all of a model would go to the first device.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from shardconv.errors import ConfigError, Problem
 
@@ -69,7 +72,7 @@ def fitted(leaves: Abstract, like: Wanted | None, what: str) -> dict[str, jax.Sh
     `what` says what is loaded.
     """
     problems = [] if like is None else [*_names(leaves, like, what), *_kinds(leaves, like, what)]
-    said = {} if like is None else {name: _sharding(leaf) for name, leaf in like.leaves.items()}
+    said = {} if like is None else {name: _sharding(leaf) for name, leaf in like.leaves.items() if _committed(leaf)}
     shardings = {name: said.get(name) or leaf.sharding for name, leaf in leaves.items()}
     problems += _grouped([problem for name, leaf in leaves.items() for problem in _shards(name, leaf.shape, shardings[name])])
     if problems:
@@ -123,10 +126,22 @@ def _sharding(said: Any) -> Sharding | None:
     return found if isinstance(found, Sharding) else None
 
 
+def _committed(said: Any) -> bool:
+    """Whether a leaf of a user's tree, if it is an array, was put where it is on purpose.
+
+    JAX's documentation calls this `jax.Array.committed`; where that is not there yet, it is `_committed`, which JAX keeps to itself.
+    """
+    return not isinstance(said, jax.Array) or bool(getattr(said, "committed", getattr(said, "_committed", True)))
+
+
 def _shards(name: str, shape: tuple[int, ...], sharding: Sharding | None) -> Iterator[Problem]:
     """What is wrong with the sharding of an array of this shape."""
     if sharding is None:
-        yield Problem(f"nothing says how {name} is split", "give rules, or a sharding in like")
+        yield Problem(f"nothing says how {name} is split", "give a mesh and rules, or a sharding in like")
+        return
+    if isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, Mesh):
+        fact = f"the sharding of {name} is of {type(sharding.mesh).__name__}, which has no devices"
+        yield Problem(fact, "give one of a jax.sharding.Mesh")
         return
     if isinstance(sharding, NamedSharding) and len(sharding.spec) > len(shape):
         yield Problem(f"{name} has {len(shape)} dims, and its PartitionSpec {len(sharding.spec)}: {tuple(sharding.spec)}")

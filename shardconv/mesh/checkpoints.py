@@ -66,6 +66,8 @@ def ruled(found: Described, rules: Mapping[str, tuple[str, ...]], mesh: Mesh) ->
     problems = [Problem(f"rules: no array has an axis {axis!r}", remedy) for axis in rules if axis not in known]
     odd = sorted({name for rule in rules.values() for name in rule if name not in mesh.shape})
     problems += [Problem(f"rules: {name!r} is not a mesh axis", f"the mesh axes are {', '.join(map(str, mesh.shape))}") for name in odd]
+    twice = [(axis, name) for axis, rule in rules.items() for name in dict.fromkeys(rule) if rule.count(name) > 1]
+    problems += [Problem(f"rules: {axis!r} has {name!r} twice", "a mesh axis splits a dim once") for axis, name in twice]
     if problems:
         raise ConfigError(title, problems)
     table = MeshRules({str(name): size for name, size in mesh.shape.items()}, rules)

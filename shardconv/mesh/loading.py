@@ -12,6 +12,7 @@ what `memory_budget` allows, and the shards of one array where its devices have 
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, Unpack
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from shardconv.boxes import Box
@@ -45,7 +45,7 @@ from shardconv.verify.forwards import nested
 
 log = logging.getLogger("shardconv")
 
-Rules = Mapping[str, str | Sequence[str]]
+Rules = Mapping[str, str | Sequence[str] | None]
 Placement = Literal["auto", "host", "device"]
 
 # The largest tile: beyond, reads are no faster, and rows have long left the cache when they are handed out.
@@ -90,9 +90,10 @@ class Loading:
 class Choices(TypedDict, total=False):
     """What may be said about a load; all of it may be left out.
 
-    rules: the mesh axes that split each named axis, as [mesh] rules has them; `{}` splits nothing.
+    rules: the mesh axes that split each named axis, as [mesh] rules has them, or None for none; `{}` splits nothing.
     like: a tree of shardings, or of arrays or `jax.ShapeDtypeStruct`s. Its names, shapes and dtypes must be those of what is loaded; the
-        result has its structure, and its shardings where it has some.
+        result has its structure, and its shardings where it has some. Of an array that JAX has put where it liked, such as `jnp.zeros`
+        makes (`committed` is False), the sharding is not taken.
     layout, scan_layers, dtype, rope, vocab_size: as in [target]; unless said otherwise "flat", scanned, each tensor's own dtype.
     family, ignore: as in [model]; prefix: as in [source].
     placement: "host", "device", or "auto" for each array by what would be read; what only the hosts can do, they do.
@@ -125,7 +126,8 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
 def load(source: str | os.PathLike[str], mesh: Mesh | None = None, **choices: Unpack[Choices]) -> Any:
     """Loads a checkpoint onto a mesh, as nested dicts of `jax.Array`, or as a tree like `like`; see `plan_load` and `Choices`.
 
-    Raises ConfigError for what was asked, before a byte of an array is read, and InputError where the source is not what it should be.
+    Raises ConfigError for what was asked, before an array is loaded, and InputError where the source is not what it should be. Read before
+    that are headers, and the two ends of a model that config.json calls tied where both are stored.
     """
     planned = plan_load(source, mesh, **choices)
     if jax.process_index() == 0:
@@ -135,7 +137,10 @@ def load(source: str | os.PathLike[str], mesh: Mesh | None = None, **choices: Un
 
 
 def plan_load(source: str | os.PathLike[str], mesh: Mesh | None = None, **choices: Unpack[Choices]) -> Loading:
-    """Plans a load from headers alone; it raises what `load` does.
+    """Plans a load; it raises what `load` does.
+
+    It reads headers, and one thing more: where config.json calls a model tied and its embedding and output projection are both stored, it
+    reads and compares the two.
 
     `source` is a directory, file or index of safetensors or PyTorch files; an Orbax checkpoint, its step or its item; or a config, *.toml,
     of which [source], [model], [target], [mesh] and the memory budget of [workers] are taken, and arguments go before them. `mesh` is the
@@ -146,10 +151,12 @@ def plan_load(source: str | os.PathLike[str], mesh: Mesh | None = None, **choice
     path, placement = os.fspath(source), choices.get("placement", "auto")
     if placement not in ("auto", "host", "device"):
         raise ConfigError("there is no such placement", [Problem(f"placement is {placement!r}", 'give "auto", "host" or "device"')])
+    _require_mesh(mesh)
+    rules = _tuples(choices.get("rules"))
     like = wanted(choices["like"]) if choices.get("like") is not None else None
     if not path.endswith(".toml") and (folder := _tree_at(path)):
-        return _plan_restore(folder, mesh, like, choices)
-    config, mesh, split = _config(path, mesh, choices)
+        return _plan_restore(folder, mesh, rules, like, choices)
+    config, mesh, split = _config(path, mesh, rules, choices)
     if not split and like is None:
         raise _unsplit(mesh)
     budget = _budget(config.workers.memory_budget)
@@ -159,6 +166,13 @@ def plan_load(source: str | os.PathLike[str], mesh: Mesh | None = None, **choice
     ways = {leaf.name: _way(leaf, leaves[leaf.name].sharding, plan, placement) for leaf in plan.leaves}
     metadata = {**plan.metadata, "family": plan.family, "layout": plan.layout, "tied": plan.tied}
     return Loading(leaves, ways, plan.notes, metadata, like, lambda: _stream(plan, leaves, ways, budget))
+
+
+def _require_mesh(said: object) -> None:
+    """Raises ConfigError for what is given as a mesh and is none, such as a dict, or an AbstractMesh, which has no devices."""
+    if said is not None and not isinstance(said, Mesh):
+        remedy = "give a jax.sharding.Mesh, which has devices, such as jax.make_mesh makes"
+        raise ConfigError("the mesh cannot be used", [Problem(f"mesh is {type(said).__name__}", remedy)])
 
 
 def _unsplit(mesh: Mesh | None) -> ConfigError:
@@ -181,7 +195,9 @@ def _tree_at(path: str) -> str | None:
     return os.path.abspath(folders[0]) if folders else None
 
 
-def _config(path: str, mesh: Mesh | None, choices: Choices) -> tuple[Config, Mesh | None, bool]:
+def _config(
+    path: str, mesh: Mesh | None, rules: Mapping[str, tuple[str, ...]] | None, choices: Choices
+) -> tuple[Config, Mesh | None, bool]:
     """The config of a load, its mesh, and whether anything says how arrays are split."""
     written, said = path.endswith(".toml"), dict(choices)
     data: dict[str, Any] = read_toml(path) if written else {"source": {"path": path}, "target": {"layout": "flat"}}
@@ -189,22 +205,21 @@ def _config(path: str, mesh: Mesh | None, choices: Choices) -> tuple[Config, Mes
         data["output"] = {"path": path.rstrip("/") + ".orbax"}  # a config has one; nothing is written there
     for name, keys in SECTIONS.items():
         given = {key: said[key] for key in keys if said.get(key) is not None}
-        if given:
-            data[name] = {**data.get(name, {}), **given}
-    old, rules = data.get("mesh", {}), choices.get("rules")
+        if given and isinstance(data.setdefault(name, {}), Mapping):
+            data[name] = {**data[name], **given}
+    old = data["mesh"] if isinstance(data.get("mesh"), Mapping) else {}
     mesh = mesh if mesh is not None else _mesh_of(old.get("axes"))
     if mesh is not None:
-        new = old.get("rules", {}) if rules is None else {axis: one if isinstance(one, str) else list(one) for axis, one in rules.items()}
-        data["mesh"] = {"axes": dict(mesh.shape), "rules": new}
+        data["mesh"] = {"axes": dict(mesh.shape), "rules": old.get("rules", {}) if rules is None else dict(rules)}
     config = config_of(data, lambda _: path if written else "load")
     return config, mesh, mesh is not None and (rules is not None or bool(config.mesh.rules) or mesh.size == 1)
 
 
 def _mesh_of(axes: object) -> Mesh | None:
-    """The mesh of a config's axes, over all devices; raises ConfigError where there are more or fewer."""
-    if not isinstance(axes, Mapping) or not axes:
+    """The mesh of a config's axes, over all devices; None where they are none. Raises ConfigError where there are more or fewer."""
+    if not isinstance(axes, Mapping) or not axes or not all(type(size) is int and size > 0 for size in axes.values()):
         return None
-    count = int(np.prod([size for size in axes.values() if isinstance(size, int)]))
+    count = math.prod(axes.values())
     if count != jax.device_count():
         fact = f"[mesh] axes are of {count} devices, and there are {jax.device_count()}"
         raise ConfigError("the mesh cannot be made", [Problem(fact, "give a mesh: shardconv.load(config, mesh)")])
@@ -254,7 +269,9 @@ def _stream(
         return found, reader.counts
 
 
-def _plan_restore(folder: str, mesh: Mesh | None, like: Wanted | None, choices: Choices) -> Loading:
+def _plan_restore(
+    folder: str, mesh: Mesh | None, rules: Mapping[str, tuple[str, ...]] | None, like: Wanted | None, choices: Choices
+) -> Loading:
     """The load of an Orbax checkpoint."""
     from shardconv.mesh.checkpoints import described, restored, ruled
 
@@ -263,26 +280,47 @@ def _plan_restore(folder: str, mesh: Mesh | None, like: Wanted | None, choices: 
     problems = [Problem(f"{name} does not apply", remedy) for name, value in choices.items() if name not in apart and value is not None]
     if problems:
         raise ConfigError(f"{folder} is an Orbax checkpoint", problems)
-    found, rules = described(folder), choices.get("rules")
-    if like is None and rules is None and not found.known(mesh):
+    # The config is not used but for these two, which it checks.
+    config, _, _ = _config(folder, None, None, {"dtype": choices.get("dtype"), "memory_budget": choices.get("memory_budget")})
+    found = described(folder)
+    if like is None and (mesh is None or (rules is None and not found.known(mesh))):
         raise _unsplit(mesh)
     if rules is not None and mesh is not None:
-        found = ruled(found, _tuples(rules), mesh) if rules else replace(found, specs={})
+        found = ruled(found, rules, mesh) if rules else replace(found, specs={})
     bare = found.abstract(mesh, split=rules is not None or found.known(mesh))
-    leaves = fitted(_cast(bare, choices.get("dtype")), like, "the checkpoint")
+    leaves = fitted(_cast(bare, config.target.dtype), like, "the checkpoint")
     metadata = {key: value for key, value in found.metadata.items() if key != "shardconv"} | dict(found.metadata.get("shardconv", {}))
-    budget = _budget(choices.get("memory_budget") or "auto")
+    budget = _budget(config.workers.memory_budget)
     return Loading(leaves, {}, (), metadata, like or wanted(found.tree), lambda: (restored(found, leaves, budget), None))
 
 
-def _tuples(rules: Rules) -> dict[str, tuple[str, ...]]:
-    """Rules as a config's section has them."""
-    return {axis: ((rule,) if rule else ()) if isinstance(rule, str) else tuple(rule) for axis, rule in rules.items()}
+def _tuples(rules: object) -> dict[str, tuple[str, ...]] | None:
+    """A user's rules as a config has them, where there are some; raises ConfigError with all that are none."""
+    if rules is None:
+        return None
+    title, remedy = "rules do not say how arrays are split", 'give the mesh axes of each named axis, such as {"embed": "fsdp"}'
+    if not isinstance(rules, Mapping):
+        raise ConfigError(title, [Problem(f"rules is {rules!r}", remedy)])
+    found = {axis: _axes(rule) for axis, rule in rules.items()}
+    problems = [Problem(f"rules: {axis!r} is no name of an axis", remedy) for axis in found if not isinstance(axis, str)]
+    remedy = 'give mesh axes: one such as "fsdp", several such as ("fsdp", "tensor"), or None'
+    odd = [axis for axis, rule in found.items() if not all(isinstance(name, str) and name for name in rule)]
+    problems += [Problem(f"rules: {axis!r} is split by {rules[axis]!r}", remedy) for axis in odd]
+    if problems:
+        raise ConfigError(title, problems)
+    return found
 
 
-def _cast(leaves: Mapping[str, jax.ShapeDtypeStruct], dtype: str | None) -> Mapping[str, jax.ShapeDtypeStruct]:
+def _axes(rule: object) -> tuple[Any, ...]:
+    """The mesh axes of one rule, whatever they are; "" and None are none, as in a config and in Flax."""
+    if rule is None or (isinstance(rule, str) and not rule):
+        return ()
+    return tuple(rule) if isinstance(rule, list | tuple) else (rule,)
+
+
+def _cast(leaves: Mapping[str, jax.ShapeDtypeStruct], dtype: str) -> Mapping[str, jax.ShapeDtypeStruct]:
     """The leaves with another dtype where they are floats."""
-    if dtype in (None, "source"):
+    if dtype == "source":
         return leaves
     wanted = dtype_named(dtype)
     return {
