@@ -1,5 +1,6 @@
 """Device layout: any address onto any mesh, every family bit for bit, one function for each kind of leaf, and each byte read once."""
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,8 +197,51 @@ def test_what_devices_hold_while_they_make_a_leaf(heads: int) -> None:
     mesh = mesh_of({"fsdp": 4, "tensor": 2})
     one = share(part, (("fsdp",), (), ("tensor",), ()), dict(mesh.shape))
     sharding = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
-    rows = jax.ShapeDtypeStruct(one.shape(mesh.shape), np.uint16, sharding=NamedSharding(mesh, PartitionSpec(*one.recipe.spread)))
-    used = compiled((one.recipe,), sharding, 0).lower(rows).compile().memory_analysis()
+    used = compiled((one.recipe,), sharding, 2).memory_analysis()
     shard = 6 * heads * 64 * 1024 * 2 // 8
     assert used.argument_size_in_bytes == used.output_size_in_bytes == used.alias_size_in_bytes == shard
     assert used.temp_size_in_bytes <= 3.1 * shard
+
+
+# --- where XLA knows no way but to copy an array whole to every device --------------------------------------------------------------
+
+BOTH = {"fsdp": 4, "tensor": 2}
+QUERY = (("{layers}.w", "(heads head_dim) embed"), ("w", "embed layers heads head_dim"))
+FAR = {
+    # Rows lie along tensor too, which the leaf does not use: they are split without it first.
+    "embedding": (BOTH, ("w", "vocab embed"), ("w", "vocab embed"), (None, "fsdp"), True),
+    "logits": (BOTH, ("w", "vocab embed"), ("w", "embed vocab"), ("fsdp",), True),
+    "gate": (BOTH, ("{layers}.w", "mlp embed"), ("w", "embed layers mlp"), ("fsdp",), True),
+    "query": (BOTH, *QUERY, ("fsdp",), True),
+    # Layers lie along both, and the leaf is split along both elsewhere.
+    "query by digits": (BOTH, *QUERY, ("fsdp", None, None, "tensor"), False),
+    # A device has the rows of one head and three quarters.
+    "query in part": ({"fsdp": 8}, ("{few}.w", "(heads head_dim) embed"), ("w", "embed few heads head_dim"), ("fsdp",), False),
+}
+
+
+@pytest.mark.parametrize("case", FAR)
+def test_no_device_holds_a_leaf_whole_in_between(tmp_path: Path, case: str) -> None:
+    axes, source, target, spec, by_devices = FAR[case]
+    sizes = {"layers": 8, "few": 4, "vocab": 4096, "embed": 1024, "mlp": 512, "heads": 14, "head_dim": 64}
+    sizes = {axis: size for axis, size in sizes.items() if axis in " ".join((*source, *target))}
+    part = Part("w", ("BF16",), address(*source, sizes), address(*target, sizes), {}, ValueRule())
+    shape = part.target.shape
+    leaf = Leaf(("w",), "w", shape, "bfloat16", shape, shape, (None,) * len(shape), (part,), True, 0)
+    stored = {}
+    for seed, (key, _) in enumerate(part.source.keys()):
+        (tmp_path / key).write_bytes(np.random.default_rng(seed).bytes(2 * math.prod(part.source.shape)))
+        stored[key] = StoredTensor(key, key, "BF16", part.source.shape, 0, 2 * math.prod(part.source.shape))
+
+    sharding = NamedSharding(mesh_of(axes), PartitionSpec(*spec))
+    entries = [(name,) if name else () for name in (*spec, *[None] * (len(shape) - len(spec)))]
+    made_by = compiled((share(part, entries, axes).recipe,), sharding, 2)
+    assert (made_by is not None) == by_devices
+    if made_by is not None:
+        assert made_by.memory_analysis().temp_size_in_bytes <= 3.5 * 2 * math.prod(sharding.shard_shape(shape))
+
+    with Reader(str(tmp_path), coalesce_gap=0) as reader:
+        array = place(leaf, sharding, stored, reader, Workspace(), 1 << 20)
+        assert reader.counts.bytes_read == 2 * math.prod(shape)
+    assert array.sharding == sharding
+    np.testing.assert_array_equal(bits(array), made(leaf, stored, str(tmp_path)))

@@ -12,14 +12,17 @@ Devices move bits and compute nothing: values are cast, scaled and shifted by th
 until the leaf is complete, since an exchange may add them to zeros. So this is bit for bit what `host` gives. Functions are compiled once
 for all leaves of equal shapes and shardings: what names the tensors is not in a `Recipe`.
 
-Memory: on the host one block of one device; on the devices, while a leaf is made, its blocks, the leaf, and what XLA has in between.
+Memory: on the host one block of one device; on the devices, while a leaf is made, its blocks, the leaf, and what XLA has in between. That
+is asked of the compiled function before anything is read, since XLA copies an array whole to every device where it knows no other way from
+one split to another. Over BETWEEN times a shard, rows are first split along no mesh axis that the leaf does not use; if that is over too,
+`host` makes the leaf. All processes compile the same function, so they decide alike.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from operator import or_
 from typing import Any
 
@@ -28,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled
 
 from shardconv.axes import Dim
 from shardconv.boxes import Box, Interval, box_shape, chunk_box, grid_shape, slices
@@ -36,6 +40,7 @@ from shardconv.dtypes import dtype_named, dtype_of_code, raw_view
 from shardconv.formats import StoredTensor
 from shardconv.formats.reading import Reader
 from shardconv.leaf import Leaf, Part
+from shardconv.mesh import host
 from shardconv.mesh.host import boxes_here, empty, on, require_held
 from shardconv.run.work import Workspace
 from shardconv.values import ValueRule, convert
@@ -44,6 +49,11 @@ Array = npt.NDArray[Any]
 
 # Compiled functions kept: a model has some twenty kinds of leaves.
 KINDS = 256
+
+# What a device may have in between, as a multiple of its shard: the ways that XLA knows take up to about three.
+BETWEEN = 3.5
+# Bytes that it may have in any case: what XLA needs for a small leaf is more a matter of rounding than of the leaf's size.
+SPARED = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,11 @@ class Recipe:
     room: tuple[Interval, ...]  # and the zeros before and after each
     shape: tuple[int, ...]
     spread: tuple[tuple[str, ...], ...]  # mesh axes along which each dim of the stack, and the rows, are cut
+
+    def given(self, axes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the rows on a mesh of these axes, zeros behind the last included."""
+        blocks = math.prod(axes[name] for name in self.spread[-1])
+        return (*self.stack, -(-self.rows // blocks) * blocks, *self.rest)
 
     def apply(self, rows: jax.Array) -> jax.Array:
         """The share, with zeros where other parts or nothing belong; traced, on raw integers."""
@@ -87,11 +102,6 @@ class Share:
     box: Box
     recipe: Recipe
 
-    def shape(self, axes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of its rows on a mesh of these axes, zeros behind the last included."""
-        blocks = math.prod(axes[name] for name in self.recipe.spread[-1])
-        return (*self.recipe.stack, -(-self.recipe.rows // blocks) * blocks, *self.recipe.rest)
-
 
 def place(
     leaf: Leaf,
@@ -101,7 +111,9 @@ def place(
     workspace: Workspace,
     tile_bytes: int,
 ) -> jax.Array:
-    """The leaf as an array of `sharding`, made by the devices; rows that are converted first are converted `tile_bytes` at a time.
+    """The leaf as an array of `sharding`, made by the devices, or by `host` where they would need too much memory for it.
+
+    Rows that are converted first are converted `tile_bytes` at a time.
 
     Every process of the program calls it, for the same leaves in the same order. Raises InputError or RunError where the source cannot be
     read, and ValueError for elements that are no multiple of a byte up to four, see `choosing.can_exchange`.
@@ -111,11 +123,12 @@ def place(
     plain = NamedSharding(mesh, sharding.spec)
     meant = read_as(leaf.dtype, plain)
     shares = [share(part, _entries(plain.spec, len(leaf.shape)), dict(mesh.shape)) for part in leaf.parts]
+    relayout = compiled(tuple(one.recipe for one in shares), plain, dtype_named(leaf.dtype).numpy.itemsize)
+    if relayout is None:
+        return host.place(leaf, sharding, stored, reader, workspace, tile_bytes)
     rows = [_rows(one, leaf, mesh, stored, reader, workspace, tile_bytes) for one in shares]
     _wait_for_others()
-    shard = math.prod(plain.shard_shape(leaf.shape))
-    given = next((number for number, one in enumerate(rows) if math.prod(one.sharding.shard_shape(one.shape)) == shard), None)
-    raw = jax.block_until_ready(compiled(tuple(one.recipe for one in shares), plain, given)(*rows))
+    raw = jax.block_until_ready(relayout(*rows))
     for one in rows:
         one.delete()
     made: jax.Array = jax.block_until_ready(meant(raw))
@@ -134,14 +147,37 @@ def _wait_for_others() -> None:
 
 
 @lru_cache(maxsize=KINDS)
-def compiled(recipes: tuple[Recipe, ...], sharding: NamedSharding, given: int | None) -> Callable[..., jax.Array]:
-    """The function that makes a leaf, as raw integers, of the rows of its parts; it may use up those of part number `given`."""
+def compiled(recipes: tuple[Recipe, ...], sharding: NamedSharding, itemsize: int) -> Compiled | None:
+    """The function that makes a leaf, as raw integers of `itemsize` bytes, of the rows of its parts, of which it may use up one part's.
 
-    def leaf(*rows: jax.Array) -> jax.Array:
+    None where each such function has more in between than a device may hold.
+    """
+    mesh = sharding.mesh
+    used = set(itertools.chain(*_entries(sharding.spec, len(recipes[0].shape))))
+    spreads = [NamedSharding(mesh, PartitionSpec(*recipe.spread)) for recipe in recipes]
+    fewer = [NamedSharding(mesh, PartitionSpec(*(tuple(a for a in dim if a in used) for dim in recipe.spread))) for recipe in recipes]
+    shapes = [recipe.given(dict(mesh.shape)) for recipe in recipes]
+    rows = [jax.ShapeDtypeStruct(shape, f"u{itemsize}", sharding=spread) for shape, spread in zip(shapes, spreads, strict=True)]
+    shard = math.prod(sharding.shard_shape(recipes[0].shape))
+    given = next((number for number, one in enumerate(rows) if math.prod(spreads[number].shard_shape(one.shape)) == shard), None)
+
+    def leaf(first: Sequence[NamedSharding] | None, *rows: jax.Array) -> jax.Array:
+        if first is not None:
+            rows = tuple(lax.with_sharding_constraint(part, one) for part, one in zip(rows, first, strict=True))
         # The parts fill different places, and zeros the others.
         return reduce(or_, (recipe.apply(part) for recipe, part in zip(recipes, rows, strict=True)))
 
-    return jax.jit(leaf, out_shardings=sharding, donate_argnums=() if given is None else given)
+    for first in (None, fewer) if fewer != spreads else (None,):
+        made = jax.jit(partial(leaf, first), out_shardings=sharding, donate_argnums=() if given is None else given).lower(*rows).compile()
+        if between(made) <= max(BETWEEN * shard * itemsize, SPARED):
+            return made
+    return None
+
+
+def between(made: Compiled) -> int:
+    """Bytes that a compiled function has on one device besides what it takes and gives; 0 where the backend does not say."""
+    used = made.memory_analysis()
+    return 0 if used is None else int(used.temp_size_in_bytes)
 
 
 @lru_cache(maxsize=KINDS)
@@ -253,7 +289,7 @@ def _rows(
     share: Share, leaf: Leaf, mesh: Mesh, stored: Mapping[str, StoredTensor], reader: Reader, workspace: Workspace, tile_bytes: int
 ) -> jax.Array:
     """The rows of a part as one array of raw integers, of which this process reads the blocks of its own devices."""
-    shape = share.shape(dict(mesh.shape))
+    shape = share.recipe.given(dict(mesh.shape))
     sharding = NamedSharding(mesh, PartitionSpec(*share.recipe.spread))
     dtype = dtype_named(leaf.dtype).numpy
     arrays = []
