@@ -94,6 +94,7 @@ SAFETENSORS: Mapping[str, Case] = {
     "an integer over 64 bits": _one("shape", [2**70], "overflows 64 bits"),
     "a product over 64 bits": _one("shape", [2**31] * 4, "overflows 64 bits"),
     "a product over 64 bits and a zero": _one("shape", [2**31] * 4 + [0], "overflows 64 bits"),
+    "an offset of -0": _header(b'{"w": {"dtype": "U8", "shape": [1], "data_offsets": [-0,1]}}', "-0 is not a natural number"),
     "a NaN in a shape": _header(b'{"w": {"dtype": "U8", "shape": [NaN], "data_offsets": [0,1]}}', "NaN is not a JSON number"),
     "an infinite shape": _header(b'{"w": {"dtype": "U8", "shape": [1e999], "data_offsets": [0,1]}}', "tensor w", "shape"),
     "a fraction": _one("shape", [1.0], "shape [1.0]"),

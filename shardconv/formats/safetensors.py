@@ -79,7 +79,7 @@ def parse_header(name: str, size: int, raw: bytes) -> tuple[dict[str, StoredTens
 
     Raises InputError with every problem found.
     """
-    header = read_object(raw[8:], what=f"{name}: its header", at=8)
+    header = read_object(raw[8:], what=f"{name}: its header", at=8, natural=True)
     metadata = header.pop(METADATA, None)
     problems = list(_metadata_problems(name, metadata))
     tensors: dict[str, StoredTensor] = {}

@@ -17,10 +17,11 @@ AGAIN = "download this file again"
 PROBLEMS_SHOWN = 8
 
 
-def read_object(raw: bytes, *, what: str, at: int) -> dict[str, Any]:
+def read_object(raw: bytes, *, what: str, at: int, natural: bool = False) -> dict[str, Any]:
     """The JSON object in `raw`, which stands at byte `at` of a file; `what` opens each message.
 
-    Raises InputError when it is not UTF-8, not JSON, not an object, or has a key twice.
+    Raises InputError when it is not UTF-8, not JSON, not an object, or has a key twice; and for -0, which other readers refuse and Python
+    takes for 0, where its integers are `natural` numbers.
 
     >>> read_object(b' {"a": 1}', what="config.json", at=0)
     {'a': 1}
@@ -38,7 +39,7 @@ def read_object(raw: bytes, *, what: str, at: int) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=_no_constant, parse_int=_natural if natural else int)
     except json.JSONDecodeError as error:
         _reject(what, f"is not JSON: {error.msg} at byte {at + len(text[: error.pos].encode())}")
     except RecursionError:
@@ -78,6 +79,12 @@ def _reject(what: str, fact: str) -> NoReturn:
 
 def _no_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not a JSON number")
+
+
+def _natural(word: str) -> int:
+    if word == "-0":
+        raise ValueError("-0 is not a natural number")
+    return int(word)
 
 
 def _encodes(value: object) -> bool:
