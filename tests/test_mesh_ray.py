@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conversions import Conversion, make_config, make_source, restored
-from test_mesh_run import TWO, WINDOWS, conversion_of
+from test_mesh_run import RULES, TWO, WINDOWS, conversion_of
 from waiting import alive
 
 from shardconv.planning import plan_from_config
@@ -43,6 +43,19 @@ def test_actors_share_the_mesh_and_a_lost_one_costs_one_start(tmp_path: Path) ->
     assert len(pids) >= 3
     assert not any(alive(pid) for pid in pids)
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(("processes", "placement"), [(1, "mesh-host"), (4, "mesh-device")])
+def test_one_actor_or_four_write_what_a_conversion_that_streams_writes(tmp_path: Path, processes: int, placement: str) -> None:
+    source = make_source(tmp_path)
+    (tmp_path / "streamed").mkdir()
+    streamed = conversion_of(tmp_path / "streamed", source)
+    streamed.drive()
+    eight = ("mesh.axes.data=2", "mesh.axes.fsdp=2", "mesh.axes.tensor=2", *RULES, f"mesh.processes={processes}")
+    conversion = conversion_of(tmp_path, source, *eight, f'mesh.placement="{placement}"', 'workers.executor="ray"')
+    outcome = conversion.drive()
+    assert outcome.where == f"{processes} Ray actor{'s' if processes > 1 else ''} on this machine"
+    assert restored(conversion.out) == restored(streamed.out)
 
 
 @pytest.mark.parametrize(
