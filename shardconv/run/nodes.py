@@ -67,7 +67,7 @@ def shared_budget(members: Sequence[Node], processes: int | None = None) -> int:
 
     Workers are one per CPU; or `processes`, spread over the nodes.
 
-    >>> shared_budget([Node("a", "10.0.0.1", 8, 64 * 2**30), Node("b", "10.0.0.2", 8, 16 * 2**30)]) // MIB
+    >>> shared_budget([Node("a", "10.0.0.1", "one", 8, 64 * 2**30), Node("b", "10.0.0.2", "two", 8, 16 * 2**30)]) // MIB
     1024
     """
     each = None if processes is None else -(-processes // max(len(members), 1))
