@@ -9,12 +9,13 @@ checked as any other, and any other executor could do its units.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from shardconv.boxes import Box, chunk_box
 from shardconv.chunks import divisors
 from shardconv.dtypes import dtype_of_code
 from shardconv.leaf import CHUNKS, Leaf
-from shardconv.sharding import MeshRules, Spec, shards
+from shardconv.sharding import MeshRules, Spec, shards, split_by
 from shardconv.units import Span, Unit
 
 NEAR = 8  # a side may stay this many times below the limit: less, and a prime size would end in chunks of single rows
@@ -39,8 +40,7 @@ def device_boxes(shape: Sequence[int], spec: Spec, mesh: MeshRules) -> tuple[Box
     for position in range(mesh.devices):
         at = _along(position, mesh.axes)
         box = []
-        for length, entry in zip(shape, spec, strict=True):
-            names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        for length, names in zip(shape, split_by(spec), strict=True):
             shard = 0
             for name in names:
                 shard = shard * mesh.axes[name] + at[name]
@@ -102,13 +102,38 @@ def cut_windows(leaves: Sequence[Leaf], mesh: MeshRules, processes: int, budget:
 
     See `memory` for what they take.
     """
-    start = 0
-    for stop in range(1, len(leaves) + 1):
-        if stop - start > 1 and memory(leaves[start:stop], mesh, processes, store_copies) > budget:
-            yield start, stop - 1
-            start = stop - 1
+    start, held = 0, Held()
+    for place, leaf in enumerate(leaves):
+        alone = _held(leaf, mesh, processes, store_copies)
+        if place > start and held.plus(alone).nbytes > budget:
+            yield start, place
+            start, held = place, Held()
+        held = held.plus(alone)
     if leaves:
         yield start, len(leaves)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes of a process: the shards of some leaves, those of the largest in the making, and the buffers of a worker for one chunk."""
+
+    shards: int = 0
+    making: int = 0
+    buffers: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.shards + self.making + self.buffers
+
+    def plus(self, other: "Held") -> "Held":
+        """Of the leaves of both; they are made one after another."""
+        return Held(self.shards + other.shards, max(self.making, other.making), max(self.buffers, other.buffers))
+
+
+def _held(leaf: Leaf, mesh: MeshRules, processes: int, store_copies: int) -> Held:
+    own = resident(leaf, mesh, processes)
+    return Held(own, own * leaf.rows_ratio, leaf.chunk_bytes * (CHUNKS + store_copies + leaf.rows_ratio))
 
 
 def memory(leaves: Sequence[Leaf], mesh: MeshRules, processes: int, store_copies: int) -> int:
@@ -117,9 +142,7 @@ def memory(leaves: Sequence[Leaf], mesh: MeshRules, processes: int, store_copies
     The shards of all of them on its devices (which on a CPU are in the same memory), those of one in the making, and the buffers of a
     worker for one chunk.
     """
-    sizes = [resident(leaf, mesh, processes) for leaf in leaves]
-    buffers = max(leaf.chunk_bytes * (CHUNKS + store_copies + leaf.rows_ratio) for leaf in leaves)
-    return sum(sizes) + max(size * leaf.rows_ratio for size, leaf in zip(sizes, leaves, strict=True)) + buffers
+    return reduce(Held.plus, (_held(leaf, mesh, processes, store_copies) for leaf in leaves)).nbytes
 
 
 def resident(leaf: Leaf, mesh: MeshRules, processes: int) -> int:

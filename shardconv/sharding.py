@@ -9,7 +9,7 @@ Names are those of the family: a dim of several axes answers to each of them, an
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardconv.axes import Address, Axes
@@ -73,10 +73,18 @@ def _names(axis: str, whole: Mapping[str, str]) -> Iterator[str]:
         yield from _names(whole[axis], whole)
 
 
+def split_by(spec: Iterable[None | str | Sequence[str]]) -> list[tuple[str, ...]]:
+    """The mesh axes that split each dim.
+
+    >>> split_by((None, "x", ("x", "y")))
+    [(), ('x',), ('x', 'y')]
+    """
+    return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
+
+
 def shards(spec: Spec, mesh: MeshRules) -> tuple[int, ...]:
     """Into how many shards a PartitionSpec cuts each dim."""
-    names = [() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec]
-    return tuple(math.prod(mesh.axes[axis] for axis in entry) for entry in names)
+    return tuple(math.prod(mesh.axes[axis] for axis in names) for names in split_by(spec))
 
 
 @dataclass(frozen=True, slots=True)

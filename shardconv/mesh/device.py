@@ -43,6 +43,7 @@ from shardconv.leaf import Leaf, Part
 from shardconv.mesh import host
 from shardconv.mesh.host import boxes_here, empty, on, require_held
 from shardconv.run.work import Workspace
+from shardconv.sharding import split_by
 from shardconv.values import ValueRule, convert
 
 Array = npt.NDArray[Any]
@@ -281,7 +282,7 @@ def _spread(
 
 def _entries(spec: PartitionSpec, dims: int) -> list[tuple[str, ...]]:
     """The mesh axes of each dim; a PartitionSpec may leave out dims at the end."""
-    entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
+    entries = split_by(spec)
     return entries + [()] * (dims - len(entries))
 
 

@@ -17,6 +17,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 from shardconv.errors import Problem, RunError, ShardconvError
 
@@ -152,8 +153,13 @@ class Patience:
 
 def attempt(work: str, state: str, unit: int) -> Finished | Failed:
     """Do one unit in this process; `work` names the function ("module:name"), and whatever goes wrong comes back as a value."""
+    return cast(Finished | Failed, answer(unit, work, state, unit))
+
+
+def answer(unit: int, function: str, *arguments: object) -> object:
+    """What the function called "module:name" makes of its arguments; what goes wrong comes back as `Failed`, of `unit`."""
     try:
-        return named(work)(state, unit)
+        return named(function)(*arguments)
     except RunError as error:  # resumable by its class
         return Failed(unit, str(error), traceback.format_exc())
     except ShardconvError as report:
@@ -162,10 +168,10 @@ def attempt(work: str, state: str, unit: int) -> Finished | Failed:
         return Failed(unit, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
-def named(function: str) -> Callable[..., Finished]:
+def named(function: str) -> Callable[..., object]:
     """The function called "module:name"; names travel between processes where functions would need pickling."""
     module, _, name = function.partition(":")
-    found: Callable[..., Finished] = getattr(importlib.import_module(module), name)
+    found: Callable[..., object] = getattr(importlib.import_module(module), name)
     return found
 
 

@@ -1,7 +1,7 @@
 """The mesh executor: a group of processes that share a mesh does the plan's windows, one after another, all of them together.
 
 It yields the events of any executor. A *group* is processes that answer calls of `member.call`, started as children of this process
-(`local_group`) or as Ray actors (`ray_group`); who they are is all the same here. They meet once (`_meet`), and what they are is compared
+(`local_group`) or as Ray actors (`ray_group`); who they are is all the same here. They meet once (`meet`), and what they are is compared
 with what the plan wants before anything is read.
 
 When one of them dies, fails or falls silent, all are stopped, a new group is started, and it goes on from the units that are not in the

@@ -33,13 +33,14 @@ class LocalGroup:
         """See `gang.Group`; a child that died without being asked is not noticed."""
         connections = {self._children[member].connection: member for member in self._asked}
         ready = sorted(connections[connection] for connection in wait(list(connections), timeout=timeout))  # type: ignore[index]
-        for member in ready[:1]:  # one at a time, so that an answer is not lost with another's death
-            self._asked.discard(member)
-            try:
-                return [(member, self._children[member].receive())]
-            except ChildDied as death:
-                raise Lost(f"process {member} died: {death}", member) from death
-        return []
+        if not ready:
+            return []
+        member = ready[0]  # one at a time, so that an answer is not lost with another's death
+        self._asked.discard(member)
+        try:
+            return [(member, self._children[member].receive())]
+        except ChildDied as death:
+            raise Lost(f"process {member} died: {death}", member) from death
 
     def stop(self) -> None:
         """See `gang.Group`; the first goes last, since the others end noisily when it is gone."""

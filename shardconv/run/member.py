@@ -10,18 +10,15 @@ seconds. So a process joins once in its life, and whatever goes wrong afterwards
 What comes back from every call is a value, `Failed` where something went wrong.
 """
 
-import importlib
 import os
 import socket
 import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardconv.errors import RunError, ShardconvError
 from shardconv.ledger import Ledger
-from shardconv.run import Failed, Finished
+from shardconv.run import Finished, answer
 from shardconv.run.heartbeat import Heartbeat
 from shardconv.run.job import load_job, load_plan
 from shardconv.run.work import Workspace
@@ -63,15 +60,7 @@ class Joined:
 
 def call(function: str, *arguments: object) -> object:
     """One of the functions below by name; an exception comes back as `Failed`, of no unit."""
-    try:
-        found: Callable[..., object] = getattr(importlib.import_module(__name__), function)
-        return found(*arguments)
-    except RunError as error:
-        return Failed(-1, str(error), traceback.format_exc())
-    except ShardconvError as report:
-        return Failed(-1, str(report), traceback.format_exc(), report)
-    except Exception as error:  # noqa: BLE001  the border of the process: the driver decides what is tried again
-        return Failed(-1, f"{type(error).__name__}: {error}", traceback.format_exc())
+    return answer(-1, f"{__name__}:{function}", *arguments)
 
 
 def hello(address: str = "127.0.0.1") -> Hello:

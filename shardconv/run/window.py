@@ -129,9 +129,10 @@ def _way(member: Member, placement: str, leaf: Leaf) -> Way:
 
 def _shard(array: "jax.Array", device: Any) -> Shard:
     """The box of an array that a device of this process has, and its elements."""
+    from shardconv.mesh.host import index_box
+
     shard = next(shard for shard in array.addressable_shards if shard.device == device)
-    box = tuple(side.indices(length)[:2] for side, length in zip(shard.index, array.shape, strict=True))
-    return box, np.asarray(shard.data)
+    return index_box(shard.index, array.shape), np.asarray(shard.data)
 
 
 def _write(member: Member, unit: Unit, arrays: Mapping[int, "jax.Array"], device: Any, read: ReadCounts) -> Finished:
