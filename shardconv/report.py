@@ -135,7 +135,8 @@ def used_bytes(plan: Plan) -> int:
     """Bytes of the stored tensors that some leaf is made of, each counted once."""
     addresses = {id(part.source): part.source for leaf in plan.leaves for part in leaf.parts}
     keys = {key for address in addresses.values() for key, _ in address.keys()}
-    tensors = (plan.source.tensors[key] for key in keys)
+    inputs = (plan.computed[key].inputs if key in plan.computed else (plan.source.tensors[key],) for key in keys)
+    tensors = (tensor for some in inputs for tensor in some)
     return sum(nbytes for _, _, nbytes in {(t.file, t.offset, t.nbytes) for t in tensors})
 
 

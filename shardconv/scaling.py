@@ -65,8 +65,8 @@ def placed(plan: Plan, bandwidths: Bandwidths) -> Projection:
             if like not in known:
                 positions = device_boxes(leaf.shape, leaf.spec, plan.mesh)
                 boxes = [positions[host * each : (host + 1) * each] for host in range(hosts)]
-                exchanged = choose(leaf, boxes, plan.source.tensors) == "device"
-                known[like] = [source_bytes(leaf) // hosts] * hosts if exchanged else host_bytes(leaf, boxes, plan.source.tensors)
+                exchanged = choose(leaf, boxes, plan.tensors) == "device"
+                known[like] = [source_bytes(leaf) // hosts] * hosts if exchanged else host_bytes(leaf, boxes, plan.tensors)
             reads = [a + b for a, b in zip(reads, known[like], strict=True)]
         for position, unit in window.units:
             writes[position // each] += plan.units[unit].bytes_written

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from shardconv.axes import Dim
 from shardconv.boxes import Box, box_shape, chunk_box
 from shardconv.dtypes import dtype_of_code
-from shardconv.formats import StoredTensor
+from shardconv.formats import Tensor
+from shardconv.formats.reading import cost
 from shardconv.leaf import Leaf, leaf_pieces
-from shardconv.runs import RUNS_PER_REQUEST, byte_runs, coalesce
 
 # Bytes between two runs of a box that are read, and thrown away, to save a request: about what a request to a local disk costs.
 READ_GAP = 64 << 10
@@ -43,23 +43,23 @@ class Unit:
     requests: int
 
 
-def cut_units(leaves: Sequence[Leaf], stored: Mapping[str, StoredTensor]) -> Iterator[Unit]:
+def cut_units(leaves: Sequence[Leaf], stored: Mapping[str, Tensor]) -> Iterator[Unit]:
     """Cuts the chunks of all leaves, in order, into units of about equal size."""
     total = sum(leaf.nbytes for leaf in leaves)
     wanted = min(max(total // UNITS, UNIT_LEAST), UNIT_MOST)
-    number, spans, cost = 0, [], _Cost()
+    number, spans, spent = 0, [], _Cost()
     for place, leaf in enumerate(leaves):
         start, costs = 0, _ChunkCosts(leaf, stored)
         for chunk in range(leaf.chunks):
-            cost = cost.plus(costs.of(chunk))
-            if cost.written >= wanted:
+            spent = spent.plus(costs.of(chunk))
+            if spent.written >= wanted:
                 spans.append(Span(place, start, chunk + 1))
-                yield Unit(number, tuple(spans), cost.read, cost.written, cost.requests)
-                number, spans, cost, start = number + 1, [], _Cost(), chunk + 1
+                yield Unit(number, tuple(spans), spent.read, spent.written, spent.requests)
+                number, spans, spent, start = number + 1, [], _Cost(), chunk + 1
         if start < leaf.chunks:
             spans.append(Span(place, start, leaf.chunks))
     if spans:
-        yield Unit(number, tuple(spans), cost.read, cost.written, cost.requests)
+        yield Unit(number, tuple(spans), spent.read, spent.written, spent.requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class _ChunkCosts:
     Not so where tensors differ in dtype, or where two elements share a byte: there it matters which tensor, and which element.
     """
 
-    def __init__(self, leaf: Leaf, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, leaf: Leaf, stored: Mapping[str, Tensor]) -> None:
         self._leaf, self._stored = leaf, stored
         self._known: dict[object, _Cost] = {}
         codes = [dtype_of_code(code) for part in leaf.parts for code in part.dtypes]
@@ -92,13 +92,9 @@ class _ChunkCosts:
         return self._known[like]
 
     def _work_out(self, box: Box) -> _Cost:
-        read = requests = 0
-        for _, piece in leaf_pieces(self._leaf, box):
-            tensor = self._stored[piece.key]
-            runs = byte_runs(tensor.shape, piece.box, bits=dtype_of_code(tensor.dtype).bits)
-            for group in coalesce(runs, gap=READ_GAP, most=RUNS_PER_REQUEST):
-                read, requests = read + sum(group[-1]) - group[0][0], requests + 1
-        return _Cost(read, math.prod(box_shape(box)) * self._leaf.itemsize, requests)
+        costs = [cost(self._stored[piece.key], piece.box, READ_GAP) for _, piece in leaf_pieces(self._leaf, box)]
+        written = math.prod(box_shape(box)) * self._leaf.itemsize
+        return _Cost(sum(read for read, _ in costs), written, sum(requests for _, requests in costs))
 
 
 def cut(dims: Sequence[Dim], box: Box) -> tuple[tuple[int, int], ...]:

@@ -11,8 +11,8 @@ from stored import file_of, random_array, save
 
 from shardconv.dtypes import DTYPES, dtype_of_code, raw_view
 from shardconv.errors import ExitCode, InputError, RunError
-from shardconv.formats import StoredTensor
-from shardconv.formats.reading import ReadCounts, Reader, rest
+from shardconv.formats import ComputedTensor, StoredTensor
+from shardconv.formats.reading import ReadCounts, Reader, cost, rest
 from shardconv.formats.safetensors import read_header
 
 FILE = "m.safetensors"
@@ -167,6 +167,27 @@ def test_six_bit_elements_are_refused(tmp_path):
         "a.w cannot be read (1 problem):\n"
         "  m.safetensors: tensor a.w is F6_E2M3, whose packing safetensors does not define\n"
         "      store it as F8_E4M3, or packed as U8"
+    )
+
+
+def test_a_computed_tensor_is_made_of_all_of_its_inputs(tmp_path):
+    kernel, bias = np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.ones((2, 3, 4), np.float32)
+    tensors = stored(tmp_path, {"kernel": kernel, "bias": bias, "other": bias})
+    made = ComputedTensor("sum(flip(kernel), bias)", "F32", (2, 3, 4), (tensors["kernel"], tensors["bias"]))
+    box = ((0, 2), (1, 3), (0, 2))
+    with Reader(str(tmp_path), coalesce_gap=0) as reader:
+        assert np.array_equal(read(reader, made, box), kernel[:, 1:3, ::-1][..., :2] + 1)
+        assert (reader.counts.bytes_read, reader.counts.requests) == cost(made, box, 0) == (192, 2)
+
+
+def test_inputs_that_do_not_fit_together_are_the_inputs_fault(tmp_path):
+    tensors = stored(tmp_path, {"bias": np.ones(4, np.float32), "mask": np.full(4, 0.5, np.float32)})
+    made = ComputedTensor("masked(bias, mask)", "F32", (4,), (tensors["bias"], tensors["mask"]))
+    with Reader(str(tmp_path), coalesce_gap=0) as reader, pytest.raises(InputError) as caught:
+        read(reader, made, ((0, 4),))
+    assert str(caught.value) == (
+        "masked(bias, mask) cannot be computed (1 problem):\n"
+        "  the mask has other numbers than 0 and 1: it has not been loaded from the checkpoint"
     )
 
 

@@ -6,6 +6,7 @@ format is one module here that gives the same two types; one that packs, compres
 of its own too.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -23,6 +24,28 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedTensor:
+    """A tensor that no file has: what an expression, which is its name, makes of `inputs`, which files have (`shardconv.porting.folding`).
+
+    It is made whole, however small the box that is wanted of it; `dtype` and `shape` are those of what comes out.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    inputs: tuple[StoredTensor, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is in memory while it is made: the inputs as they are, and four arrays of float64, the result among them."""
+        largest = max([math.prod(self.shape), *(math.prod(one.shape) for one in self.inputs)])
+        return sum(one.nbytes for one in self.inputs) + 4 * 8 * largest
+
+
+Tensor = StoredTensor | ComputedTensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from shardconv.boxes import Box, box_shape
+from shardconv.boxes import Box, box_shape, slices, whole
 from shardconv.dtypes import dtype_of_code, raw_view, unpack_nibbles
 from shardconv.errors import InputError, Problem, RunError
-from shardconv.formats import StoredTensor
+from shardconv.formats import ComputedTensor, StoredTensor, Tensor
 from shardconv.formats.strict_json import AGAIN
+from shardconv.porting.folding import computed, parsed
 from shardconv.runs import RUNS_PER_REQUEST, Run, byte_runs, coalesce, element_runs
 
 # Open files kept: a box of a stacked tensor goes round a few files, and a limit of 256 descriptors per process is met
@@ -78,24 +79,41 @@ class Reader:
         """The files that were read from since the reader was made."""
         return frozenset(self._touched)
 
-    def read(self, tensor: StoredTensor, box: Box, out: npt.NDArray[Any]) -> None:
-        """Fill `out` with a box of `tensor`, byte for byte.
+    def read(self, tensor: Tensor, box: Box, out: npt.NDArray[Any]) -> None:
+        """Fill `out` with a box of `tensor`, byte for byte; one that is computed is made of all of its inputs.
 
         `out` is C-contiguous, of the box's shape and the tensor's dtype in memory; ValueError if not. Raises InputError
-        when the file is gone or shorter than its header said, or when the tensor's type cannot be read, and RunError
-        when the system fails to read.
+        when the file is gone or shorter than its header said, or when the tensor's type cannot be read or its inputs do
+        not fit together, and RunError when the system fails to read.
         """
         dtype = dtype_of_code(tensor.dtype)
         if out.shape != box_shape(box) or out.dtype != dtype.numpy or not out.flags.c_contiguous:
             raise ValueError(f"{tensor.name} is read as {dtype.name} {box_shape(box)}, out {out.dtype} {out.shape}")
-        if not dtype.readable:
+        if not dtype.readable and isinstance(tensor, StoredTensor):
             fact = f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, whose packing safetensors does not define"
             raise InputError(f"{tensor.name} cannot be read", [Problem(fact, "store it as F8_E4M3, or packed as U8")])
+        if isinstance(tensor, ComputedTensor):
+            out[...] = self._computed(tensor)[slices(box)]
+            return
         place = raw_view(out).reshape(-1).view(np.uint8)
         if dtype.bits >= 8:
             self._fill(tensor, byte_runs(tensor.shape, box, bits=dtype.bits), place.data)
         else:
             self._fill_nibbles(tensor, box, place)
+
+    def whole(self, tensor: StoredTensor) -> npt.NDArray[Any]:
+        """All of a tensor, in memory of its own."""
+        out = np.empty(tensor.shape, dtype_of_code(tensor.dtype).numpy)
+        self.read(tensor, whole(tensor.shape), out)
+        return out
+
+    def _computed(self, tensor: ComputedTensor) -> npt.NDArray[Any]:
+        inputs = {one.name: self.whole(one) for one in tensor.inputs}
+        try:
+            found = computed(parsed(tensor.name), inputs, tensor.shape)
+        except ValueError as error:
+            raise InputError(f"{tensor.name} cannot be computed", [Problem(str(error))]) from None
+        return found.astype(dtype_of_code(tensor.dtype).numpy, copy=False)
 
     def _fill_nibbles(self, tensor: StoredTensor, box: Box, place: npt.NDArray[np.uint8]) -> None:
         """Read four-bit elements packed into the end of `place`, which has a byte for each, and unpack them there."""
@@ -190,6 +208,20 @@ class Reader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def cost(tensor: Tensor, box: Box, gap: int) -> tuple[int, int]:
+    """The bytes and the requests that reading a box takes, without reading it; `gap` is the reader's.
+
+    >>> cost(StoredTensor("w", "f", "F32", (4, 8), 0, 128), ((0, 4), (0, 2)), 0)
+    (32, 4)
+    """
+    if isinstance(tensor, ComputedTensor):
+        costs = [cost(one, whole(one.shape), gap) for one in tensor.inputs]
+        return sum(read for read, _ in costs), sum(requests for _, requests in costs)
+    runs = byte_runs(tensor.shape, box, bits=dtype_of_code(tensor.dtype).bits)
+    groups = [sum(group[-1]) - group[0][0] for group in coalesce(runs, gap=gap, most=RUNS_PER_REQUEST)]
+    return sum(groups), len(groups)
 
 
 def rest(buffers: Iterable[memoryview], done: int) -> Iterator[memoryview]:

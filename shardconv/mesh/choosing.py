@@ -16,10 +16,10 @@ from typing import Literal
 
 from shardconv.boxes import Box
 from shardconv.dtypes import dtype_named, dtype_of_code
-from shardconv.formats import StoredTensor
+from shardconv.formats import Tensor
+from shardconv.formats.reading import cost
 from shardconv.leaf import Leaf, Part, leaf_pieces
 from shardconv.placement import merged
-from shardconv.runs import RUNS_PER_REQUEST, byte_runs, coalesce
 from shardconv.units import READ_GAP
 from shardconv.units import cut as likeness
 
@@ -32,7 +32,7 @@ SPARED = 32 << 20
 MOVED = (8, 16, 32)
 
 
-def choose(leaf: Leaf, boxes: Sequence[Sequence[Box]], stored: Mapping[str, StoredTensor]) -> Way:
+def choose(leaf: Leaf, boxes: Sequence[Sequence[Box]], stored: Mapping[str, Tensor]) -> Way:
     """The way of a leaf, by the boxes that the devices of each process have of it."""
     if len(boxes) == 1 or not can_exchange(leaf):
         return "host"
@@ -44,7 +44,7 @@ def can_exchange(leaf: Leaf) -> bool:
     return dtype_named(leaf.dtype).bits in MOVED
 
 
-def host_bytes(leaf: Leaf, boxes: Sequence[Sequence[Box]], stored: Mapping[str, StoredTensor]) -> tuple[int, ...]:
+def host_bytes(leaf: Leaf, boxes: Sequence[Sequence[Box]], stored: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Bytes that each process reads where it makes the shards of its devices itself."""
     known: dict[object, int] = {}
     return tuple(sum(_bytes(leaf, box, stored, known) for box in merged(theirs)) for theirs in boxes)
@@ -59,17 +59,13 @@ def _bits(part: Part) -> int:
     return max(dtype_of_code(code).bits for code in part.dtypes)
 
 
-def _bytes(leaf: Leaf, box: Box, stored: Mapping[str, StoredTensor], known: dict[object, int]) -> int:
+def _bytes(leaf: Leaf, box: Box, stored: Mapping[str, Tensor], known: dict[object, int]) -> int:
     """Bytes read for a box. Boxes that cut the digits alike cost the same, and so do tensors that differ in nothing but a number."""
     one, times = _of_one_name(leaf, box)
     alike = all(len(part.dtypes) == 1 and dtype_of_code(part.dtypes[0]).bits >= 8 for part in leaf.parts)
     like = tuple(likeness(part.target.dims, one) for part in leaf.parts) if alike else one
     if like not in known:
-        known[like] = 0
-        for _, piece in leaf_pieces(leaf, one):
-            tensor = stored[piece.key]
-            runs = byte_runs(tensor.shape, piece.box, bits=dtype_of_code(tensor.dtype).bits)
-            known[like] += sum(sum(group[-1]) - group[0][0] for group in coalesce(runs, gap=READ_GAP, most=RUNS_PER_REQUEST))
+        known[like] = sum(cost(stored[piece.key], piece.box, READ_GAP)[0] for _, piece in leaf_pieces(leaf, one))
     return known[like] * times
 
 

@@ -37,7 +37,7 @@ from shardconv.axes import Dim
 from shardconv.boxes import Box, Interval, box_shape, chunk_box, grid_shape, slices
 from shardconv.chunks import choose_chunk
 from shardconv.dtypes import dtype_named, dtype_of_code, raw_view
-from shardconv.formats import StoredTensor
+from shardconv.formats import Tensor
 from shardconv.formats.reading import Reader
 from shardconv.leaf import Leaf, Part
 from shardconv.mesh import host
@@ -107,7 +107,7 @@ class Share:
 def place(
     leaf: Leaf,
     sharding: NamedSharding,
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, Tensor],
     reader: Reader,
     workspace: Workspace,
     tile_bytes: int,
@@ -287,7 +287,7 @@ def _entries(spec: PartitionSpec, dims: int) -> list[tuple[str, ...]]:
 
 
 def _rows(
-    share: Share, leaf: Leaf, mesh: Mesh, stored: Mapping[str, StoredTensor], reader: Reader, workspace: Workspace, tile_bytes: int
+    share: Share, leaf: Leaf, mesh: Mesh, stored: Mapping[str, Tensor], reader: Reader, workspace: Workspace, tile_bytes: int
 ) -> jax.Array:
     """The rows of a part as one array of raw integers, of which this process reads the blocks of its own devices."""
     shape = share.recipe.given(dict(mesh.shape))
@@ -323,7 +323,7 @@ def _parts_of_block(share: Share, box: Box, filled: int, block: Array) -> Iterat
 
 
 def _fill(
-    tensor: StoredTensor, box: Box, rule: ValueRule, reader: Reader, workspace: Workspace, tile_bytes: int, out: Array
+    tensor: Tensor, box: Box, rule: ValueRule, reader: Reader, workspace: Workspace, tile_bytes: int, out: Array
 ) -> None:
     """Reads a box of a tensor into `out`, as the rule wants its values."""
     source = dtype_of_code(tensor.dtype).numpy

@@ -22,7 +22,7 @@ from shardconv.boxes import Box, Interval, box_shape, chunk_box, grid_shape, sli
 from shardconv.chunks import choose_chunk, cut_order
 from shardconv.dtypes import dtype_named, raw_view
 from shardconv.errors import ConfigError, Problem
-from shardconv.formats import StoredTensor
+from shardconv.formats import Tensor
 from shardconv.formats.reading import Reader
 from shardconv.leaf import Leaf, leaf_pieces
 from shardconv.placement import merged
@@ -39,7 +39,7 @@ MAPPED = 1 << 20
 def place(
     leaf: Leaf,
     sharding: NamedSharding,
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, Tensor],
     reader: Reader,
     workspace: Workspace,
     tile_bytes: int,
@@ -115,7 +115,7 @@ def tiles(leaf: Leaf, boxes: Sequence[Box], tile_bytes: int) -> Iterator[Box]:
 
 
 def _make(
-    leaf: Leaf, tile: Box, shards: Mapping[Box, Array], stored: Mapping[str, StoredTensor], reader: Reader, workspace: Workspace
+    leaf: Leaf, tile: Box, shards: Mapping[Box, Array], stored: Mapping[str, Tensor], reader: Reader, workspace: Workspace
 ) -> None:
     """Reads the rows of one tile and hands them out to the shards that it meets."""
     meets = {box: common for box in shards if (common := _common(box, tile)) is not None}

@@ -252,7 +252,7 @@ def _way(leaf: Leaf, sharding: Sharding, plan: Plan, placement: Placement) -> Wa
     one: Any
     for one, index in sharding.devices_indices_map(leaf.shape).items():
         boxes.setdefault(one.process_index, []).append(index_box(index, leaf.shape))
-    return choose(leaf, tuple(boxes.values()), plan.source.tensors)
+    return choose(leaf, tuple(boxes.values()), plan.tensors)
 
 
 def _stream(
@@ -263,7 +263,7 @@ def _stream(
         for leaf in plan.leaves:
             tile = min(TILE, budget // (1 + leaf.rows_ratio))
             place = device.place if ways[leaf.name] == "device" else host.place
-            found[leaf.name] = place(leaf, leaves[leaf.name].sharding, plan.source.tensors, reader, workspace, tile)
+            found[leaf.name] = place(leaf, leaves[leaf.name].sharding, plan.tensors, reader, workspace, tile)
         if problems := check_unchanged(plan.source, reader.touched):
             raise InputError("the source changed while it was loaded", problems)
         return found, reader.counts

@@ -15,7 +15,7 @@ import numpy as np
 from shardconv.boxes import Box, slices
 from shardconv.copying import copy
 from shardconv.dtypes import raw_view
-from shardconv.formats import StoredTensor
+from shardconv.formats import Tensor
 from shardconv.formats.reading import ReadCounts, Reader
 from shardconv.ledger import Ledger
 from shardconv.mesh.choosing import Way, can_exchange, choose
@@ -54,7 +54,7 @@ class _Beating(Reader):
         super().__init__(root, coalesce_gap=READ_GAP)
         self._heartbeat = heartbeat
 
-    def read(self, tensor: StoredTensor, box: Box, out: Array) -> None:
+    def read(self, tensor: Tensor, box: Box, out: Array) -> None:
         super().read(tensor, box, out)
         self._heartbeat.tick(0)
 
@@ -110,7 +110,7 @@ def _placed(member: Member, placement: str, leaves: set[int]) -> tuple[Mapping[i
             leaf = plan.leaves[number]
             place = device.place if _way(member, placement, leaf) == "device" else host.place
             sharding = NamedSharding(member.mesh, PartitionSpec(*leaf.spec))
-            arrays[number] = jax.block_until_ready(place(leaf, sharding, plan.source.tensors, reader, member.workspace, tile))
+            arrays[number] = jax.block_until_ready(place(leaf, sharding, plan.tensors, reader, member.workspace, tile))
         require_unchanged(plan.source, reader.touched)
         return arrays, reader.counts
 
@@ -124,7 +124,7 @@ def _way(member: Member, placement: str, leaf: Leaf) -> Way:
     boxes: dict[int, list[Box]] = {}
     for device, box in zip(member.mesh.devices.flat, device_boxes(leaf.shape, leaf.spec, member.plan.mesh), strict=True):
         boxes.setdefault(device.process_index, []).append(box)
-    return choose(leaf, tuple(boxes.values()), member.plan.source.tensors)
+    return choose(leaf, tuple(boxes.values()), member.plan.tensors)
 
 
 def _shard(array: "jax.Array", device: Any) -> Shard:

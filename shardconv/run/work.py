@@ -21,7 +21,7 @@ import xxhash
 from shardconv.boxes import Box, box_shape, chunk_box
 from shardconv.dtypes import dtype_named, dtype_of_code, raw_view
 from shardconv.errors import InputError
-from shardconv.formats import StoredTensor
+from shardconv.formats import Tensor
 from shardconv.formats.reading import ReadCounts, Reader
 from shardconv.plan import READ_GAP, Leaf, Plan, Unit, leaf_pieces
 from shardconv.run.heartbeat import memory
@@ -89,7 +89,7 @@ def do_unit(
     with Reader(plan.source.root, coalesce_gap=READ_GAP) as reader:
 
         def fill(number: int, box: Box, out: Array) -> None:
-            make_box(plan.leaves[number], box, plan.source.tensors, reader, workspace, out)
+            make_box(plan.leaves[number], box, plan.tensors, reader, workspace, out)
 
         def read() -> ReadCounts:
             require_unchanged(plan.source, reader.touched)
@@ -160,7 +160,7 @@ def array_spec(leaf: Leaf) -> ArraySpec:
 
 
 def make_box(
-    leaf: Leaf, box: Box, stored: Mapping[str, StoredTensor], reader: Reader, workspace: Workspace, out: Array
+    leaf: Leaf, box: Box, stored: Mapping[str, Tensor], reader: Reader, workspace: Workspace, out: Array
 ) -> None:
     """Fills `out`, of the box's shape and the leaf's dtype, with a box of a leaf."""
     if leaf.zeros:
@@ -174,7 +174,7 @@ def make_box(
 
 
 def make_rows(
-    rule: ValueRule, tensor: StoredTensor, box: Box, dtype: np.dtype[Any], reader: Reader, workspace: Workspace
+    rule: ValueRule, tensor: Tensor, box: Box, dtype: np.dtype[Any], reader: Reader, workspace: Workspace
 ) -> Array:
     """A box of a stored tensor as a rule and a dtype want its values, in the workspace's rows, until these are asked for again.
 
