@@ -38,11 +38,13 @@ class Leaf:
 class Tree:
     """A model's arrays by name, in the model's order; `rebuilt` gives the user's object with other arrays, `copied` always a new one.
 
-    `library` is "linen", "nnx", "equinox" or "", and `classes` those of its modules by name, as far as a tree has modules.
+    `library` is "linen", "nnx", "equinox" or "", and `classes` those of its modules by name, as far as a tree has modules. `values` are the
+    arrays themselves, which may be abstract.
     """
 
     library: str
     leaves: Mapping[str, Leaf]
+    values: Mapping[str, Any]
     classes: Mapping[str, Any]
     rebuilt: Callable[[Mapping[str, Array]], Any]
     copied: Callable[[Mapping[str, Array]], Any]
@@ -85,7 +87,8 @@ def _plain(model: Any, library: str, name: Callable[[Any], str]) -> Tree:
         ]
         return jax.tree_util.tree_unflatten(structure, values)
 
-    return Tree(library, leaves, {}, rebuilt, rebuilt)
+    values = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True) if name is not None}
+    return Tree(library, leaves, values, {}, rebuilt, rebuilt)
 
 
 def _equinox(equinox: ModuleType, model: Any) -> Tree:
@@ -113,7 +116,7 @@ def _equinox(equinox: ModuleType, model: Any) -> Tree:
         return _joined((*states[path[1].key], *path[2:]))
 
     tree = _plain(model, "equinox", name)
-    return Tree("equinox", tree.leaves, classes, tree.rebuilt, tree.copied)
+    return Tree("equinox", tree.leaves, tree.values, classes, tree.rebuilt, tree.copied)
 
 
 def _walk(equinox: ModuleType, path: tuple[Any, ...], node: Any, look: Callable[[Any, Any], None]) -> None:
@@ -150,7 +153,8 @@ def _nnx(nnx: ModuleType, model: Any) -> Tree:
         nnx.update(model, nnx.from_flat_state(filled(arrays)))
         return model
 
-    return Tree("nnx", leaves, classes, updated if isinstance(model, nnx.Module) else copied, copied)
+    values = {".".join(map(str, path)): _value(variable) for path, variable in flat}
+    return Tree("nnx", leaves, values, classes, updated if isinstance(model, nnx.Module) else copied, copied)
 
 
 def placed(array: Array, leaf: Leaf) -> Any:
