@@ -25,6 +25,7 @@ FLOORS: Mapping[str, int] = {
     "shardconv.dtypes": 0,
     "shardconv.axes": 0,
     "shardconv.budget": 0,
+    "shardconv.user_code": 1,
     "shardconv.route": 1,
     "shardconv.runs": 1,
     "shardconv.copying": 1,

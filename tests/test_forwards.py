@@ -4,9 +4,9 @@ The same real parts as in `test_logits`: a checkpoint written by transformers, c
 noise that the reference is measured to have.
 """
 
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from logit_cases import Case, Table, cases, exchanged, plan_of, slot, write
 from test_floors import ROOT, loaded
 
 from shardconv.errors import CheckError, ConfigError
-from shardconv.verify import forwards
 from shardconv.verify.agreement import LogitReport
 from shardconv.verify.forwards import forward_of, require_forward
 from shardconv.verify.logit_request import Bounds, LogitRequest
@@ -27,7 +26,7 @@ from shardconv.verify.logits import by_logits, check
 from shardconv.verify.restoring import Restored, restore
 from shardconv.verify.roundings import roundings
 
-traces = pytest.mark.skipif(find_spec("torchax") is None, reason="torchax is not installed")
+traces = pytest.mark.skipif(importlib.util.find_spec("torchax") is None, reason="torchax is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +328,7 @@ def test_a_broken_forward_is_the_users_to_mend(plain: Any, here: Path, kind: str
 
 @traces
 def test_torch_is_wanted_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = forwards.importlib.util.find_spec
-    monkeypatch.setattr(forwards.importlib.util, "find_spec", lambda name: None if name in ("torch", "torchax") else found(name))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("torch", "torchax") else found(name))
     with pytest.raises(ConfigError, match="torch and torchax are not installed"):
         require_forward("torch")

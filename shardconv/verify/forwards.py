@@ -6,22 +6,18 @@
 What can be known before a conversion starts is asked by `require_forward`, which imports neither JAX nor the user's module.
 """
 
-import ast
-import importlib
-import importlib.util
-import os
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardconv.errors import CheckError, ConfigError, Problem, ShardconvError
 from shardconv.interop import require_torchax
+from shardconv.user_code import Setting, imported, place, require_function, said
 
 if TYPE_CHECKING:
     from shardconv.verify.restoring import Restored
 
 TITLE = "check.forward cannot be used"
+FORWARD = Setting("check.forward", TITLE, 'say "auto", "torch", or "package.module:function"', "name a function of (params, tokens)")
 TRACED = "torch"
 ELSEWHERE = 'set check.forward = "auto"'
 
@@ -37,20 +33,7 @@ def require_forward(name: str, layout: str = "flat") -> None:
         _require_known(layout)
         require_torchax()
         return
-    module, function = _parts(name)
-    _see_working_directory()
-    try:
-        spec = importlib.util.find_spec(module)
-    except Exception as error:  # noqa: BLE001  the packages around it are the user's code
-        raise ConfigError(TITLE, [Problem(f"importing what {module!r} is in raised {_said(error)}")]) from None
-    if spec is None:
-        where = f"there is no module {module!r} in {os.getcwd()}, nor among the installed packages"
-        raise ConfigError(TITLE, [Problem(where, "run from the directory that it is in, or install its package")])
-    if spec.origin is None or not spec.origin.endswith(".py"):
-        return
-    names = _names_in(spec.origin)
-    if function not in names and "*" not in names:
-        raise ConfigError(TITLE, [Problem(f"{spec.origin} has no {function!r}", _offered(names))])
+    require_function(name, FORWARD)
 
 
 def forward_of(name: str, source: str, restored: "Restored") -> Forward:
@@ -65,7 +48,7 @@ def forward_of(name: str, source: str, restored: "Restored") -> Forward:
         from shardconv.verify.tracing import traced_forward
 
         return traced_forward(source, restored)
-    return _calling(name, _imported(name), nested(restored.leaves))
+    return _calling(name, imported(name, FORWARD), nested(restored.leaves))
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,60 +74,6 @@ def _require_known(layout: str) -> None:
         raise ConfigError(TITLE, [Problem(fact, ELSEWHERE)])
 
 
-def _parts(name: str) -> tuple[str, str]:
-    module, colon, function = name.partition(":")
-    if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise ConfigError(TITLE, [Problem(f"check.forward is {name!r}", 'say "auto", "torch", or "package.module:function"')])
-    return module, function
-
-
-def _see_working_directory() -> None:
-    """Python's own scripts see their directory, not the one that they are run in."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-        importlib.invalidate_caches()
-
-
-def _names_in(path: str) -> list[str]:
-    """What a file binds at its top, also under `if` and `try`; "*" where it imports everything from elsewhere."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = ast.parse(file.read(), path)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(TITLE, [Problem(f"{path} cannot be read: {_said(error)}")]) from None
-    return list(dict.fromkeys(_bound(tree)))
-
-
-def _bound(node: ast.AST) -> Iterator[str]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield child.name
-        elif isinstance(child, ast.Import | ast.ImportFrom):
-            yield from ((alias.asname or alias.name).partition(".")[0] for alias in child.names)
-        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
-            yield child.id
-        elif not isinstance(child, ast.Lambda | ast.comprehension):
-            yield from _bound(child)
-
-
-def _offered(names: list[str]) -> str:
-    public = [name for name in names if not name.startswith("_")]
-    return f"it has: {', '.join(public)}" if public else ""
-
-
-def _imported(name: str) -> Callable[..., Any]:
-    module, function = _parts(name)
-    try:
-        found: Any = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # noqa: BLE001  it is the user's code
-        raise ConfigError(TITLE, [Problem(f"importing {module!r} raised {_said(error)}{_place(error)}")]) from None
-    if not callable(found):
-        said = f"there is no {function!r} in {module!r}" if found is None else f"{name} is a {type(found).__name__}, not a function"
-        raise ConfigError(TITLE, [Problem(said, "name a function of (params, tokens)")])
-    called: Callable[..., Any] = found
-    return called
-
-
 def _calling(name: str, function: Callable[..., Any], params: Mapping[str, Any]) -> Forward:
     import jax
     import jax.numpy as jnp
@@ -157,11 +86,11 @@ def _calling(name: str, function: Callable[..., Any], params: Mapping[str, Any])
             raise
         except Exception as error:  # noqa: BLE001  it is the user's code
             remedy = "it is called as function(params, tokens): the checkpoint as nested dicts of arrays, and int32 (batch, length)"
-            raise CheckError("the forward failed", [Problem(f"{name} raised {_said(error)}{_place(error)}", remedy)]) from None
+            raise CheckError("the forward failed", [Problem(f"{name} raised {said(error)}{place(error)}", remedy)]) from None
         if not _are_logits(found, tuple(tokens.shape)):
-            said = f"{found.dtype} {tuple(found.shape)}" if hasattr(found, "dtype") else f"a {type(found).__name__}"
+            returned = f"{found.dtype} {tuple(found.shape)}" if hasattr(found, "dtype") else f"a {type(found).__name__}"
             remedy = f"return logits (batch, length, rows), here ({tokens.shape[0]}, {tokens.shape[1]}, rows)"
-            raise CheckError("the forward returns no logits", [Problem(f"{name} returned {said}", remedy)])
+            raise CheckError("the forward returns no logits", [Problem(f"{name} returned {returned}", remedy)])
         return found
 
     return forward
@@ -173,18 +102,3 @@ def _are_logits(found: Any, shape: tuple[int, ...]) -> bool:
     if not hasattr(found, "dtype") or len(found.shape) != 3 or tuple(found.shape[:2]) != shape:
         return False
     return bool(jnp.issubdtype(found.dtype, jnp.floating))
-
-
-def _said(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _place(error: BaseException) -> str:
-    """Where in the user's code an error came from: the deepest frame that is in no installed package."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _foreign(frame.filename)]
-    return f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-
-
-def _foreign(path: str) -> bool:
-    return path.startswith(("<", sys.base_prefix)) or "site-packages" in path or os.path.abspath(path) == os.path.abspath(__file__)
