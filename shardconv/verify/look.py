@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from shardconv.formats import ComputedTensor
 from shardconv.verify.compare import Odd, bounds, compare, differing
+from shardconv.verify.computed import WithComputed
 from shardconv.verify.rounding import bits
 from shardconv.verify.statement import Block, Box, Reference, blocks, meet, volume, within
 from shardconv.verify.stored import Stored, reason
@@ -26,12 +28,20 @@ ROWS = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where both sides are: the pytree's directory, and the source's with the names of its files and the key of tensors in them."""
+    """Where both sides are: the pytree's directory, and the source's with the names of its files and the key of tensors in them; and what
+    is computed of these."""
 
     folder: str
     root: str
     files: tuple[str, ...]
     prefix: str = ""
+    computed: tuple[ComputedTensor, ...] = ()
+
+    def tensors(self) -> Tensors:
+        """The source, open."""
+        if self.computed:
+            return WithComputed(self.root, self.files, self.prefix, self.computed)
+        return Tensors(self.root, self.files, self.prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,7 @@ def _around(a: Box, b: Box) -> Box:
 @lru_cache(maxsize=1)
 def opened(place: Place) -> tuple[Stored, Tensors]:
     """Both sides, open; a worker keeps them from task to task."""
-    return Stored(place.folder), Tensors(place.root, place.files, place.prefix)
+    return Stored(place.folder), place.tensors()
 
 
 def look(task: Task) -> Sight:

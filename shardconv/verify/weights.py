@@ -29,7 +29,7 @@ from shardconv.verify.request import Request
 from shardconv.verify.sampling import boxes
 from shardconv.verify.statement import Reference
 from shardconv.verify.stored import LOST, METADATA, Stored, StoredLeaf
-from shardconv.verify.tensors import Tensors, numpy_dtype
+from shardconv.verify.tensors import numpy_dtype
 from shardconv.verify.verdict import Verdict
 
 # A worker compares some 0.5 GB a second, so this much takes it half a minute, which nobody minds after a conversion that read and wrote as
@@ -70,7 +70,7 @@ class _Check:
         """The whole check."""
         started, cpu = time.perf_counter(), time.process_time()
         request, plan = self.request, self.request.plan
-        place = Place(request.folder, plan.source.root, tuple(plan.source.files), plan.source.prefix)
+        place = Place(request.folder, plan.source.root, tuple(plan.source.files), plan.source.prefix, tuple(plan.computed.values()))
         stored = Stored(request.folder)
         references, independent = self._references(place)
         sound = self._compare_trees(references, stored)
@@ -106,14 +106,12 @@ class _Check:
 
     def _references(self, place: Place) -> tuple[list[Reference], bool]:
         plan = self.request.plan
-        tensors = Tensors(place.root, place.files, place.prefix)
-        stated = second.references(tensors, plan.source.config or {}, plan.family, self.request.choices)
+        stated = second.references(place.tensors(), plan.source.config or {}, plan.family, self.request.choices)
         if stated is not None:
             return stated, True
-        self.notes.append(
-            f"no independent statement of {plan.family} in the {plan.layout} layout: compared by the plan's own addresses, "
-            "which finds damaged values and not a wrong table"
-        )
+        whose = f"no independent statement of {plan.family} in the {plan.layout} layout" if plan.family else f"{plan.layout} is your own"
+        fault = "table" if plan.family else "mapping: run your model beside PyTorch's for that"
+        self.notes.append(f"{whose}: compared by the plan's own addresses, which finds damaged values and not a wrong {fault}")
         found, lost = addresses.references(plan)
         for name in lost:
             fact = f"{name} was not compared: its address is no einops pattern"
