@@ -6,6 +6,8 @@ NEEDS = {
     "shardconv/interop/views.py": "torch",
     "tests/porting_layers.py": "equinox",
     "tests/porting_models.py": "equinox",
+    "tests/porting_products.py": "equinox",
+    "tests/porting_targets.py": "equinox",
     "tests/torch_models.py": "torch",
     "tests/user_models.py": "equinox",
 }

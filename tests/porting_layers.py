@@ -1,186 +1,18 @@
-"""Layers of PyTorch, and the same layers of the JAX libraries: what they are made with, and how they are called.
-
-All layers take and give torch's order of dims here; inside, Flax has channels last and Equinox has no batch. The JAX layers are abstract:
-all that they compute with comes from the conversion.
-"""
+"""All layers by name; here those that normalise, attend, remember or bend, and `porting_products` has the others."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-import pytest
 import torch
 from flax import linen, nnx
+from porting_products import PRODUCTS
+from porting_targets import KEY, SIZES, Array, Case, Target, in_equinox, in_linen, in_nnx, numbers, rngs
 
-from shardconv.porting.conventions import transposed_padding
-
-Array = Any
 nn = torch.nn
-KEY = jax.random.key(0)
-QUICK = {"xla_backend_optimization_level": 0}  # XLA takes longer over these layers than they run
-
-
-@dataclass(frozen=True)
-class Target:
-    """A JAX layer: the abstract model, and how it is called with arrays of torch's order. `at` is the layer's place in the model."""
-
-    model: Any
-    call: Callable[..., Array]
-    at: str = ""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A torch layer, its inputs, and the JAX layers by library. `layer` is its name where it is not the whole module.
-
-    `unseen` are arrays that no output shows. `adjust` gives its weights a property.
-    """
-
-    module: Callable[[], Any]
-    inputs: tuple[Array, ...]
-    targets: Mapping[str, Callable[[], Target]]
-    layer: str = ""
-    unseen: tuple[str, ...] = ()
-    adjust: Callable[[Any], Any] = field(default=lambda module: module)
-    output: Callable[[Any], Any] = field(default=lambda found: found)
-
-
-def last(x: Array) -> Array:
-    return jnp.moveaxis(x, 1, -1) if x.ndim > 2 else x
-
-
-def first(x: Array) -> Array:
-    return jnp.moveaxis(x, -1, 1) if x.ndim > 2 else x
-
-
-def numbers(*shape: int) -> Array:
-    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
-
-
-def in_linen(layer: Any, *example: Array, channels: bool = False, at: str = "", **options: Any) -> Target:
-    turn, back = (last, first) if channels else (lambda x: x, lambda x: x)
-    model = jax.eval_shape(lambda: layer.init(KEY, *(turn(jnp.asarray(x)) for x in example), **options))
-    call = jax.jit(lambda variables, *inputs: back(layer.apply(variables, *map(turn, inputs), **options)), compiler_options=QUICK)
-    return Target(model, call, at)
-
-
-def in_nnx(make: Callable[[], Any], *, channels: bool = False, at: str = "", **options: Any) -> Target:
-    turn, back = (last, first) if channels else (lambda x: x, lambda x: x)
-    model = nnx.eval_shape(make)
-    structure = nnx.graphdef(model)
-    call = jax.jit(
-        lambda state, *inputs: back(nnx.merge(structure, state)(*map(turn, inputs), **options)), compiler_options=QUICK
-    )
-    return Target(model, lambda model, *inputs: call(nnx.state(model), *inputs), at)
-
-
-def in_equinox(make: Callable[[], Any], dims: int = 1, at: str = "") -> Target:
-    """`dims` are the leading dims that the layer has no notion of."""
-
-    def call(model: Any, *inputs: Array) -> Array:
-        function = model
-        for _ in range(dims):
-            function = jax.vmap(function)
-        return function(*inputs)
-
-    return Target(eqx.filter_eval_shape(make), eqx.filter_jit(call), at)
-
-
-def rngs() -> Any:
-    return nnx.Rngs(0)
-
-
-def shaken(module: Any) -> Any:
-    """A module in eval mode with numbers everywhere: norms are not ones, running statistics not zeros."""
-    source = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, value in [*module.named_parameters(), *module.named_buffers()]:
-            if value.is_floating_point() and not name.endswith(("_u", "_v")):
-                value.add_(0.3 * torch.rand(value.shape, generator=source) + 0.05)
-    return module.eval()
-
-
-# Linear, embedding, convolution
-
-SIZES = {1: (9,), 2: (9, 8), 3: (7, 6, 7)}
-KERNELS = {1: (3,), 2: (3, 2), 3: (3, 2, 3)}
-
-
-def conv_case(rank: int, i: int = 8, o: int = 12, kernel: tuple[int, ...] | None = None, **options: Any) -> Case:
-    kernel = kernel or KERNELS[rank]
-    x = numbers(2, i, *SIZES[rank])
-    mode = options.get("padding_mode", "zeros").upper()
-    around = mode != "ZEROS"
-    stride, dilation, groups = options.get("stride", 1), options.get("dilation", 1), options.get("groups", 1)
-    padding = options.get("padding", 0)
-    flax = mode if around else "SAME" if padding == "same" else [(padding, padding)] * rank
-    names: dict[str, Any] = {
-        "strides": (stride,) * rank,
-        "kernel_dilation": (dilation,) * rank,
-        "feature_group_count": groups,
-        "padding": flax,
-        "use_bias": options.get("bias", True),
-    }
-    there: dict[str, Any] = {"padding_mode": mode}
-    there |= {"stride": stride, "dilation": dilation, "groups": groups, "use_bias": options.get("bias", True)}
-    there["padding"] = padding.upper() if isinstance(padding, str) else "SAME" if around else padding
-    return Case(
-        lambda: getattr(nn, f"Conv{rank}d")(i, o, kernel, **options),
-        (x,),
-        {
-            "linen": lambda: in_linen(linen.Conv(o, kernel, **names), x, channels=True),
-            "nnx": lambda: in_nnx(lambda: nnx.Conv(i, o, kernel, **names, rngs=rngs()), channels=True),
-            "equinox": lambda: in_equinox(lambda: getattr(eqx.nn, f"Conv{rank}d")(i, o, kernel, **there, key=KEY)),
-        },
-    )
-
-
-def transposed_case(rank: int, k: int, stride: int = 1, padding: int = 0, out: int = 0, dilation: int = 1, groups: int = 1) -> Case:
-    i, o, kernel = 4, 6, (k,) * rank
-    x = numbers(2, i, *SIZES[rank])
-    sides = transposed_padding(kernel, (padding,) * rank, (out,) * rank, (dilation,) * rank)
-    names = {"strides": (stride,) * rank, "kernel_dilation": (dilation,) * rank, "padding": sides}
-    targets: dict[str, Callable[[], Target]] = {}
-    for turned in (True, False):
-        options = {**names, "transpose_kernel": turned}
-        word = "" if turned else " untransposed"
-        targets[f"linen{word}"] = lambda options=options: in_linen(linen.ConvTranspose(o, kernel, **options), x, channels=True)
-        targets[f"nnx{word}"] = lambda options=options: in_nnx(
-            lambda: nnx.ConvTranspose(i, o, kernel, **options, rngs=rngs()), channels=True
-        )
-    there = {"stride": stride, "padding": padding, "output_padding": out, "dilation": dilation, "groups": groups}
-    kind = f"ConvTranspose{rank}d"
-    targets["equinox"] = lambda: in_equinox(lambda: getattr(eqx.nn, kind)(i, o, kernel, **there, key=KEY))
-    return Case(lambda: getattr(nn, kind)(i, o, kernel, stride, padding, out, groups, dilation=dilation), (x,), targets)
-
-
-def linear_case(**options: Any) -> Case:
-    x, bias = numbers(2, 5, 3), options.get("bias", True)
-    return Case(
-        lambda: nn.Linear(3, 4, **options),
-        (x,),
-        {
-            "linen": lambda: in_linen(linen.Dense(4, use_bias=bias), x),
-            "nnx": lambda: in_nnx(lambda: nnx.Linear(3, 4, use_bias=bias, rngs=rngs())),
-            "equinox": lambda: in_equinox(lambda: eqx.nn.Linear(3, 4, use_bias=bias, key=KEY), 2),
-        },
-    )
-
-
-TOKENS = np.array([[1, 7, 3], [9, 0, 2]], np.int32)
-EMBEDDING = Case(
-    lambda: nn.Embedding(10, 6),
-    (TOKENS,),
-    {
-        "linen": lambda: in_linen(linen.Embed(10, 6), TOKENS),
-        "nnx": lambda: in_nnx(lambda: nnx.Embed(10, 6, rngs=rngs())),
-        "equinox": lambda: in_equinox(lambda: eqx.nn.Embedding(10, 6, key=KEY), 2),
-    },
-)
 
 
 # Norms
@@ -191,7 +23,7 @@ def batch_norm_case(rank: int, **options: Any) -> Case:
     affine = options.get("affine", True)
     names = {"use_scale": affine, "use_bias": affine, "epsilon": 1e-5, "use_running_average": True}
 
-    def equinox(mode: str) -> Target:
+    def equinox(mode: Any) -> Target:
         def make() -> Any:
             return eqx.nn.make_with_state(eqx.nn.BatchNorm)(6, "batch", channelwise_affine=affine, inference=True, mode=mode)
 
@@ -247,6 +79,7 @@ GROUP_NORM = Case(
         "equinox": lambda: in_equinox(lambda: eqx.nn.GroupNorm(4, 12)),
     },
 )
+TRACKED = replace(batch_norm_case(2), module=lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True))
 INSTANCE_NORM = Case(
     lambda: nn.InstanceNorm2d(12, affine=True),
     (X12,),
@@ -262,15 +95,27 @@ INSTANCE_NORM = Case(
 
 Q, K, V = numbers(2, 5, 12), numbers(2, 7, 7), numbers(2, 7, 9)
 ON = {"use_query_bias": True, "use_key_bias": True, "use_value_bias": True, "use_output_bias": True}
-ATTENTION = Case(
-    lambda: nn.MultiheadAttention(12, 3, batch_first=True),
-    (Q, Q, Q),
-    {
-        "linen": lambda: in_linen(linen.MultiHeadDotProductAttention(3), Q, Q, Q),
-        "nnx": lambda: in_nnx(lambda: nnx.MultiHeadAttention(3, 12, decode=False, rngs=rngs())),
-        "equinox": lambda: in_equinox(lambda: eqx.nn.MultiheadAttention(3, 12, **ON, key=KEY)),
-    },
-    unseen=("key.bias", "key_proj.bias"),  # the same number on every score of a query
+
+
+def attention_case(biased: bool = True) -> Case:
+    return Case(
+        lambda: nn.MultiheadAttention(12, 3, bias=biased, batch_first=True),
+        (Q, Q, Q),
+        {
+            "linen": lambda: in_linen(linen.MultiHeadDotProductAttention(3, use_bias=biased), Q, Q, Q),
+            "nnx": lambda: in_nnx(lambda: nnx.MultiHeadAttention(3, 12, use_bias=biased, decode=False, rngs=rngs())),
+            "equinox": lambda: in_equinox(lambda: eqx.nn.MultiheadAttention(3, 12, **(ON if biased else {}), key=KEY)),
+        },
+        unseen=("key.bias", "key_proj.bias"),  # the same number on every score of a query
+        output=lambda found: found[0],
+    )
+
+
+OTHER_LENGTH = Case(
+    lambda: nn.MultiheadAttention(12, 3, kdim=7, vdim=7, batch_first=True),
+    (Q, K, K),
+    {"nnx": lambda: in_nnx(lambda: nnx.MultiHeadAttention(3, 12, in_kv_features=7, decode=False, rngs=rngs()))},
+    unseen=("key.bias",),
     output=lambda found: found[0],
 )
 OTHER_LENGTHS = Case(
@@ -319,35 +164,31 @@ LSTM = Case(
 )
 
 
-def gru_case(zero: bool) -> Case:
+NO_BIAS = {"bias": False, "batch_first": True}
+LSTM_WITHOUT_BIASES = replace(
+    LSTM,
+    module=lambda: nn.LSTM(5, 4, **NO_BIAS),
+    targets={
+        **{name: target for name, target in LSTM.targets.items() if name != "equinox"},
+        "equinox": lambda: in_equinox(lambda: EqxSteps(eqx.nn.LSTMCell(5, 4, use_bias=False, key=KEY)), at="cell"),
+    },
+)
+GRUS: Mapping[str, Callable[[], Target]] = {
+    "linen": lambda: in_linen(linen.RNN(linen.GRUCell(4)), STEPS, at="cell"),
+    "nnx": lambda: in_nnx(lambda: nnx.RNN(nnx.GRUCell(5, 4, rngs=rngs()), rngs=rngs()), at="cell"),
+    "equinox": lambda: in_equinox(lambda: EqxSteps(eqx.nn.GRUCell(5, 4, key=KEY)), at="cell"),
+}
+
+
+def gru_case(*libraries: str, zero: bool = False, **options: Any) -> Case:
     def adjust(module: Any) -> Any:
         with torch.no_grad():
-            module.bias_hh_l0[8:] *= 0.0 if zero else 1.0
+            if zero:
+                module.bias_hh_l0[8:] = 0.0
         return module
 
-    targets = {
-        "linen": lambda: in_linen(linen.RNN(linen.GRUCell(4)), STEPS, at="cell"),
-        "nnx": lambda: in_nnx(lambda: nnx.RNN(nnx.GRUCell(5, 4, rngs=rngs()), rngs=rngs()), at="cell"),
-        "equinox": lambda: in_equinox(lambda: EqxSteps(eqx.nn.GRUCell(5, 4, key=KEY)), at="cell"),
-    }
-    kept = {name: target for name, target in targets.items() if (name == "nnx") == zero}
-    return Case(lambda: nn.GRU(5, 4, batch_first=True), (STEPS,), kept, layer="l0", adjust=adjust, output=lambda found: found[0])
-
-
-# Weight norm, PReLU
-
-
-def old_weight_norm(layer: Any) -> Any:
-    with pytest.warns(FutureWarning):  # torch would rather have the new one
-        return nn.utils.weight_norm(layer)
-
-
-def normed_case(norm: Any, **options: Any) -> Case:
-    x = numbers(2, 5, 3)
-    plain = linear_case().targets
-    wrapped = lambda: in_equinox(lambda: eqx.nn.WeightNorm(eqx.nn.Linear(3, 4, key=KEY)), 2)  # noqa: E731
-    targets = {**plain, "equinox wrapped": wrapped} if norm is not nn.utils.parametrizations.spectral_norm else plain
-    return Case(lambda: norm(nn.Linear(3, 4), **options), (x,), targets)
+    kept = {name: GRUS[name] for name in libraries}
+    return Case(lambda: nn.GRU(5, 4, **options, batch_first=True), (STEPS,), kept, "l0", adjust=adjust, output=lambda found: found[0])
 
 
 PRELU = Case(
@@ -366,26 +207,7 @@ SLOPES = Case(
 )
 
 CASES: Mapping[str, Case] = {
-    "Linear": linear_case(),
-    "Linear, no bias": linear_case(bias=False),
-    "Embedding": EMBEDDING,
-    **{f"Conv{rank}d": conv_case(rank) for rank in (1, 2, 3)},
-    "Conv2d, stride and padding": conv_case(2, stride=2, padding=1),
-    "Conv2d, groups": conv_case(2, o=16, groups=4, bias=False),
-    "Conv3d, groups": conv_case(3, o=16, groups=4),
-    "Conv1d, depthwise": conv_case(1, o=8, groups=8),
-    "Conv2d, depthwise and dilated": conv_case(2, o=8, groups=8, dilation=2, padding=2),
-    "Conv2d, same": conv_case(2, i=3, o=4, kernel=(3, 3), padding="same"),
-    "Conv2d, circular": conv_case(2, i=3, o=4, kernel=(3, 3), padding=1, padding_mode="circular"),
-    "Conv2d, reflected": conv_case(2, i=3, o=4, kernel=(3, 3), padding=1, padding_mode="reflect"),
-    "ConvTranspose2d, k=2": transposed_case(2, 2),
-    "ConvTranspose2d, k=3 p=1": transposed_case(2, 3, padding=1),
-    "ConvTranspose2d, k=4 s=2 p=1": transposed_case(2, 4, 2, 1),
-    "ConvTranspose2d, k=3 s=2 p=1 out=1": transposed_case(2, 3, 2, 1, 1),
-    "ConvTranspose2d, dilated": transposed_case(2, 3, 2, 1, 1, 2),
-    "ConvTranspose2d, groups": transposed_case(2, 4, 2, 1, groups=2),
-    "ConvTranspose1d": transposed_case(1, 4, 2, 1),
-    "ConvTranspose3d": transposed_case(3, 3, 2, 1, 1),
+    **PRODUCTS,
     **{f"BatchNorm{rank}d": batch_norm_case(rank) for rank in (1, 2, 3)},
     "BatchNorm2d, not affine": batch_norm_case(2, affine=False),
     "LayerNorm": layer_norm_case(8),
@@ -394,14 +216,16 @@ CASES: Mapping[str, Case] = {
     "RMSNorm": RMS_NORM,
     "GroupNorm": GROUP_NORM,
     "InstanceNorm2d": INSTANCE_NORM,
-    "MultiheadAttention": ATTENTION,
+    "InstanceNorm2d, running statistics": TRACKED,
+    "MultiheadAttention": attention_case(),
+    "MultiheadAttention, no bias": attention_case(biased=False),
+    "MultiheadAttention, kdim is vdim": OTHER_LENGTH,
     "MultiheadAttention, kdim and vdim": OTHER_LENGTHS,
     "LSTM": LSTM,
-    "GRU": gru_case(zero=False),
-    "GRU, no bias in the reset gate": gru_case(zero=True),
-    "weight_norm": normed_case(nn.utils.parametrizations.weight_norm),
-    "weight_norm, old": normed_case(old_weight_norm),
-    "spectral_norm": normed_case(nn.utils.parametrizations.spectral_norm),
+    "LSTM, no bias": LSTM_WITHOUT_BIASES,
+    "GRU": gru_case("linen", "equinox"),
+    "GRU, no bias": gru_case("linen", "nnx", bias=False),
+    "GRU, no bias in the reset gate": gru_case("nnx", zero=True),
     "PReLU": PRELU,
     "PReLU, slopes": SLOPES,
 }

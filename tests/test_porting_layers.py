@@ -18,7 +18,8 @@ pytest.importorskip("equinox")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from porting_layers import CASES, Case, Target, shaken  # noqa: E402
+from porting_layers import CASES  # noqa: E402
+from porting_targets import Case, Target, shaken  # noqa: E402
 
 from shardconv.porting import equinox, linen, nnx  # noqa: E402
 from shardconv.porting.folding import computed  # noqa: E402

@@ -16,7 +16,10 @@ something else.
     MultiheadAttention                 MultiHeadDotProductAttention                 use_query_bias=True and so on
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+# What `jax.numpy.pad` calls torch's padding modes.
+PAD_MODES: Mapping[str, str] = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 def kept_momentum(momentum: float) -> float:

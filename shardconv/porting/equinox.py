@@ -5,9 +5,8 @@ A weight-normalised layer may stay one (`eqx.nn.WeightNorm`), or be folded into 
 
 from dataclasses import replace
 
-from shardconv.porting.linen import BARE
+from shardconv.porting.linen import BARE, NOWHERE, THREE
 from shardconv.porting.moves import Move
-from shardconv.porting.nnx import THREE
 from shardconv.porting.rules import Rule, Table, checked, same, spatial
 from shardconv.porting.sizes import ALL
 
@@ -63,7 +62,7 @@ RULES = {
     **{f"Conv{rank}d": conv(rank) for rank in (1, 2, 3)},
     **{f"ConvTranspose{rank}d": conv_transpose(rank) for rank in (1, 2, 3)},
     **{f"BatchNorm{rank}d": BATCH_NORM for rank in (1, 2, 3)},
-    **{f"InstanceNorm{rank}d": (Rule(AFFINE),) for rank in (1, 2, 3)},
+    **{f"InstanceNorm{rank}d": (Rule(AFFINE), *BATCH_NORM) for rank in (1, 2, 3)},  # with running statistics: batch norm
     "SyncBatchNorm": BATCH_NORM,
     "LayerNorm": (Rule(AFFINE), *BARE["LayerNorm"]),
     "GroupNorm": (Rule(AFFINE),),
@@ -88,7 +87,7 @@ NORMS = tuple(f"{norm}Norm{rank}d" for norm in ("Batch", "Instance") for rank in
 CLASSES = {
     **{name: (name,) for name in RULES if not name.endswith("Norm")},
     "Linear": ("Linear", "Conv1D"),
-    "BatchNorm": ("SyncBatchNorm", *NORMS[:3]),
+    "BatchNorm": ("SyncBatchNorm", *NORMS),
     "GroupNorm": ("GroupNorm", *NORMS[3:]),
     "LayerNorm": ("LayerNorm",),
     "RMSNorm": ("RMSNorm",),
@@ -96,4 +95,4 @@ CLASSES = {
     "LSTMCell": ("LSTM",),
     "GRUCell": ("GRU",),
 }
-TABLE = checked(Table("Equinox", RULES, CLASSES))
+TABLE = checked(Table("Equinox", RULES, CLASSES, NOWHERE))

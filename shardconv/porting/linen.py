@@ -3,6 +3,8 @@
 What the layers must be made with is not in the arrays: epsilon (1e-5 is torch's default, 1e-6 Flax's), and what `conventions` computes.
 """
 
+from dataclasses import replace
+
 from shardconv.porting.moves import Move
 from shardconv.porting.rules import Rule, Table, checked, gates, same, spatial
 from shardconv.porting.sizes import ALL
@@ -27,7 +29,7 @@ BARE = {
     **{kind: (Rule((Move("weight", ALL, "", ALL),)),) for kind in ("Embedding", "LayerNorm", "RMSNorm")},
 }
 AFFINE = same("weight bias", "scale bias")
-STATISTICS = same("running_mean running_var", "mean var")
+BATCH_NORM = Rule(AFFINE + same("running_mean running_var", "mean var"), unused=("num_batches_tracked",))
 
 # torch's attention has query, key and value in one tensor, or in three where they come from vectors of different lengths.
 QKV = "query key value".split()
@@ -41,9 +43,33 @@ ATTENTION = (
 )
 
 
+# What no JAX library's layer has, by torch's class and tensor.
+NOWHERE = {
+    "LSTM.weight_hr": "its cells have no projection (proj_size): write the cell with one",
+    "MultiheadAttention.bias_k": "its attention has no key and value of its own (add_bias_kv): write the layer with them",
+}
+
+
+def weight_normed(rows: tuple[Move, ...]) -> tuple[Rule, ...]:
+    """The same layer in a `WeightNorm`, from a weight-normalised one: torch's dim 0, 1 or none are feature axis -1, -2 or none.
+
+    Linen keeps a layer beside its `WeightNorm` or inside it, NNX inside; the scale is named by the kernel (`shardconv.porting.trees`).
+    """
+    kernel, *rest = rows
+    found = []
+    for axis, form in (("o", "-1"), ("i", "-2"), ("", "None")):
+        lengths = " ".join(dim if dim == axis else "1" for dim in kernel.dims.split()) if axis else ""
+        stored = (replace(kernel, source="weight_v"), *rest, Move("weight_g", lengths, "kernel/scale", axis))
+        for place in ("", "layer_instance."):
+            moved = tuple(replace(row, target=place + row.target) for row in stored)
+            found.append(Rule(moved, f"WeightNorm, feature_axes={form}"))
+    return tuple(found)
+
+
 def conv(rank: int) -> tuple[Rule, ...]:
     """A convolution; of a grouped one torch and Flax both keep the inputs of one group."""
-    return (Rule(spatial(rank, [("weight", "o i *", "kernel", "* i o"), ("bias", "o", "bias", "o")])),)
+    rows = spatial(rank, [("weight", "o i *", "kernel", "* i o"), ("bias", "o", "bias", "o")])
+    return (Rule(rows), *weight_normed(rows))
 
 
 def conv_transpose(rank: int) -> tuple[Rule, ...]:
@@ -60,38 +86,49 @@ def conv_transpose(rank: int) -> tuple[Rule, ...]:
     )
 
 
-LSTM = Rule(
+FOUR, THREE = "(hidden | hidden | hidden | hidden)", "(hidden | hidden | hidden)"
+
+
+def biased(rows: tuple[Move, ...], biases: tuple[Move, ...], form: str = "") -> tuple[Rule, ...]:
+    """A cell that always has biases: from torch's, and from a layer without any, where they are zeros."""
+    zeros = tuple(Move("0", ALL, target, ALL) for target in dict.fromkeys(row.target for row in biases))
+    return (Rule(rows + biases, form), Rule(rows + zeros, f"{form}, biases of zeros".removeprefix(", ")))
+
+
+LSTM = biased(
     (
-        *gates("weight_ih", "(hidden | hidden | hidden | hidden) input", "ii.kernel if.kernel ig.kernel io.kernel", "input hidden"),
-        *gates("weight_hh", "(hidden | hidden | hidden | hidden) from", "hi.kernel hf.kernel hg.kernel ho.kernel", "from hidden"),
-        *gates("sum(bias_ih, bias_hh)", "(hidden | hidden | hidden | hidden)", "hi.bias hf.bias hg.bias ho.bias", "hidden"),
-    )
+        *gates("weight_ih", f"{FOUR} input", "ii.kernel if.kernel ig.kernel io.kernel", "input hidden"),
+        *gates("weight_hh", f"{FOUR} from", "hi.kernel hf.kernel hg.kernel ho.kernel", "from hidden"),
+    ),
+    gates("sum(bias_ih, bias_hh)", FOUR, "hi.bias hf.bias hg.bias ho.bias", "hidden"),
 )
-GRU = Rule(
+GRU = biased(
     (
-        *gates("weight_ih", "(hidden | hidden | hidden) input", "ir.kernel iz.kernel in.kernel", "input hidden"),
-        *gates("weight_hh", "(hidden | hidden | hidden) from", "hr.kernel hz.kernel hn.kernel", "from hidden"),
-        *gates("sum(bias_ih, bias_hh)", "(hidden | hidden | hidden)", "ir.bias iz.bias", "hidden"),
-        Move("bias_ih", "(hidden | hidden | hidden)", "in.bias", "hidden", part=2),
-        Move("bias_hh", "(hidden | hidden | hidden)", "hn.bias", "hidden", part=2),
-    )
+        *gates("weight_ih", f"{THREE} input", "ir.kernel iz.kernel in.kernel", "input hidden"),
+        *gates("weight_hh", f"{THREE} from", "hr.kernel hz.kernel hn.kernel", "from hidden"),
+    ),
+    (
+        *gates("sum(bias_ih, bias_hh)", THREE, "ir.bias iz.bias", "hidden"),
+        Move("bias_ih", THREE, "in.bias", "hidden", part=2),
+        Move("bias_hh", THREE, "hn.bias", "hidden", part=2),
+    ),
 )
 RULES = {
-    "Linear": (Rule(LINEAR), Rule(HEADS_OUT, "heads come out"), Rule(HEADS_IN, "heads go in"), *BARE["Linear"]),
+    "Linear": (Rule(LINEAR), *weight_normed(LINEAR), Rule(HEADS_OUT, "heads come out"), Rule(HEADS_IN, "heads go in"), *BARE["Linear"]),
     "Conv1D": (Rule(same("weight bias", "kernel bias"), rare=True),),  # transformers' Linear, with its weight the other way round
     "Embedding": (Rule(same("weight", "embedding")), *BARE["Embedding"]),
     **{f"Conv{rank}d": conv(rank) for rank in (1, 2, 3)},
     **{f"ConvTranspose{rank}d": conv_transpose(rank) for rank in (1, 2, 3)},
-    **{f"BatchNorm{rank}d": (Rule(AFFINE + STATISTICS, unused=("num_batches_tracked",)),) for rank in (1, 2, 3)},
-    **{f"InstanceNorm{rank}d": (Rule(AFFINE),) for rank in (1, 2, 3)},
-    "SyncBatchNorm": (Rule(AFFINE + STATISTICS, unused=("num_batches_tracked",)),),
+    **{f"BatchNorm{rank}d": (BATCH_NORM,) for rank in (1, 2, 3)},
+    **{f"InstanceNorm{rank}d": (Rule(AFFINE), BATCH_NORM) for rank in (1, 2, 3)},  # with running statistics: batch norm
+    "SyncBatchNorm": (BATCH_NORM,),
     "LayerNorm": (Rule(AFFINE), *BARE["LayerNorm"]),
     "GroupNorm": (Rule(AFFINE),),
     "RMSNorm": (Rule(AFFINE[:1]), *BARE["RMSNorm"]),
     "MultiheadAttention": (Rule(ATTENTION),),
-    "LSTM": (LSTM,),
-    "GRU": (GRU,),
+    "LSTM": LSTM,
+    "GRU": GRU,
     "PReLU": (Rule((Move("weight", "1", "negative_slope", ""),)),),
 }
-LACKS = {"PReLU": "its PReLU has one slope for all channels"}
+LACKS = {"PReLU": "its PReLU has one slope for all channels", **NOWHERE}
 TABLE = checked(Table("Flax Linen", RULES, lacks=LACKS))

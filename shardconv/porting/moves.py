@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardconv.axes import Address, address
-from shardconv.porting.folding import Expression, names, parsed, shape_of
+from shardconv.porting.folding import Call, Expression, names, parsed, shape_of
 from shardconv.porting.sizes import ALL, axes_of, shown, solved, spelled
 
 Shapes = Mapping[str, Sequence[int]]
@@ -109,7 +109,7 @@ def bound(move: Move, tensors: Shapes, arrays: Shapes) -> Bound:
             said = ", ".join(f"{axis}=..." for axis in dict.fromkeys(missing))
             raise ValueError(f"no shape says how long {', '.join(dict.fromkeys(missing))} is: add `; {said}`")
         found = Bound(move, address(move.source, dims, sizes, move.part), address(move.target, to, sizes, move.into))
-        if None in shapes and found.source.shape == next(iter(stored.values())):
+        if None in shapes and isinstance(expression, Call) and found.source.shape == shape_of(expression.arguments[0], stored):
             raise ValueError("there are no groups to take apart")
     except ValueError as error:
         raise ValueError(f"{error}; {move.source} is {shown(shapes)}, {move.target} is {shown(wanted)}") from None

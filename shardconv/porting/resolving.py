@@ -21,7 +21,7 @@ from shardconv.porting.landing import gaps
 from shardconv.porting.layers import layers_of
 from shardconv.porting.mapping import Pair, Plan, matched, place_of
 from shardconv.porting.moves import HOLE, Bound, Move, bound
-from shardconv.porting.rules import Choice, Layer, Table, choices, described, required_zeros
+from shardconv.porting.rules import Choice, Layer, Table, choices, described, lacking, required_zeros
 from shardconv.porting.sizes import ALL, shown
 from shardconv.porting.sources import Weights
 from shardconv.porting.trees import Tree
@@ -130,9 +130,8 @@ def _place(found: Resolved, placed: tuple[Pair, str], views: list[Layer], weight
         found.told -= set(weights.tied)
         return  # the other name of the tensor has a place, or is told of
     arrays = ", ".join(f"{inner} {shown(tree.shapes[name])}" for inner, name in there.items() if inner.count(".") < 2)
-    kind = next((kind for kind in views[0].kinds if kind in table_of(tree).rules), "")
-    lacking = table_of(tree).lacks.get(kind, "")
-    remedy = f"{table_of(tree).library}: {lacking}" if lacking else "make the model's layer like it, or map its arrays one by one"
+    lack = lacking(table_of(tree), views[0])
+    remedy = f"{table_of(tree).library}: {lack}" if lack else "make the model's layer like it, or map its arrays one by one"
     fact = f"{described(one, weights.shapes)} does not fit {module or 'the model'} ({arrays or 'which has no arrays'})"
     found.problems.append(Problem(fact, remedy))
 

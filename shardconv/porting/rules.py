@@ -49,7 +49,7 @@ class Rule:
 @dataclass(frozen=True)
 class Table:
     """A library's rules by torch class. `classes` are the library's own, each with the torch classes that it can stand for; `lacks` says
-    what the library cannot do."""
+    what the library cannot do, by torch class, or by class and tensor (`LSTM.weight_hr`)."""
 
     library: str
     rules: Mapping[str, tuple[Rule, ...]]
@@ -129,7 +129,8 @@ def fitting(
     `arrays` may have others, of layers inside this one.
     """
     mine = {arrays[inner] for inner in rule.targets if inner in arrays}
-    if not mine or used_by(rule, layer) != set(layer.tensors):
+    scales = {inner for inner in arrays if "/" in inner and inner.partition("/")[0] in rule.targets}  # Flax's WeightNorm: of the same layer
+    if not mine or not scales <= rule.targets or used_by(rule, layer) != set(layer.tensors):
         return None
     moves = moves_of(rule, layer, arrays, stack)
     if {move.target for move in moves} != mine:
@@ -188,6 +189,12 @@ def _addresses(moves: Iterable[Bound]) -> list[str]:
             sides.append((side.name, side.shape, digits))
         found.append(repr(sides))
     return sorted(found)
+
+
+def lacking(table: Table, layer: Layer) -> str:
+    """What the library cannot do that this layer does, or nothing."""
+    kind = next((kind for kind in layer.kinds if kind in table.rules), "")
+    return next((why for key in (kind, *(f"{kind}.{inner}" for inner in layer.tensors)) if (why := table.lacks.get(key))), "")
 
 
 def required_zeros(rule: Rule, layer: Layer) -> Iterable[tuple[Expression, Zero]]:

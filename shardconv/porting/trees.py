@@ -6,12 +6,14 @@
               `bn.batch_state_index.0`
     others    any tree of arrays: names are paths
 
+The scale of Flax's `WeightNorm` is named by the array that it scales, wherever that is: `Dense_0.kernel/scale`.
+
 Arrays may be abstract (`jax.eval_shape`, `nnx.eval_shape`, `eqx.filter_eval_shape`): all that is read of them is shape, dtype and sharding,
 and the result has real ones in their place. What is no array, such as an activation function, stays.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -78,7 +80,7 @@ def opened(model: Any) -> Tree:
 
 def _plain(model: Any, library: str, name: Callable[[Any], str]) -> Tree:
     paths, structure = jax.tree_util.tree_flatten_with_path(model)
-    names = [name(path) if _is_array(leaf) else None for path, leaf in paths]
+    names = _scales_named([name(path) if _is_array(leaf) else None for path, leaf in paths])
     leaves = _named((name, leaf) for name, (_, leaf) in zip(names, paths, strict=True) if name is not None)
 
     def rebuilt(arrays: Mapping[str, Array]) -> Any:
@@ -129,10 +131,11 @@ def _walk(equinox: ModuleType, path: tuple[Any, ...], node: Any, look: Callable[
 
 
 def _nnx(nnx: ModuleType, model: Any) -> Tree:
+    _give_scales(nnx, model)
     state = nnx.state(model) if isinstance(model, nnx.Module) else model
     kept = (nnx.RngState, nnx.Cache, nnx.Intermediate)
     flat = [(path, variable) for path, variable in nnx.to_flat_state(state) if not isinstance(variable, kept)]
-    leaves = _named((".".join(map(str, path)), _value(variable)) for path, variable in flat)
+    leaves = _named((_dotted(path), _value(variable)) for path, variable in flat)
     classes = {}
     if isinstance(model, nnx.Module):
         classes = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
@@ -140,7 +143,7 @@ def _nnx(nnx: ModuleType, model: Any) -> Tree:
     def filled(arrays: Mapping[str, Array]) -> Any:
         found = {}
         for path, variable in flat:
-            name = ".".join(map(str, path))
+            name = _dotted(path)
             array = placed(arrays[name], leaves[name])
             found[path] = variable.replace(array) if isinstance(variable, nnx.Variable) else array
         return found
@@ -155,6 +158,33 @@ def _nnx(nnx: ModuleType, model: Any) -> Tree:
 
     values = {".".join(map(str, path)): _value(variable) for path, variable in flat}
     return Tree("nnx", leaves, values, classes, updated if isinstance(model, nnx.Module) else copied, copied)
+
+
+def _give_scales(nnx: ModuleType, model: Any) -> None:
+    """Zeros for the scales of an abstract model's `WeightNorm`s: `nnx.eval_shape` leaves them as what nnx takes for no arrays."""
+    for _, module in nnx.iter_modules(model) if isinstance(model, nnx.Module) else ():
+        if isinstance(module, nnx.WeightNorm) and any(isinstance(scale, jax.ShapeDtypeStruct) for scale in (module.scales or {}).values()):
+            module.scales = nnx.data({path: jax.numpy.zeros(scale.shape, scale.dtype) for path, scale in module.scales.items()})
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    """The name of an array of NNX; the key of a scale is the path of what it scales, in the layer beside it."""
+    if path and isinstance(path[-1], tuple):
+        path = (*path[:-2], "layer_instance", *path[-1][:-1], f"{path[-1][-1]}/scale")
+    return ".".join(map(str, path))
+
+
+def _scales_named(names: Sequence[str | None]) -> list[str | None]:
+    """Names of Linen's arrays; the key of a scale is a path from the `WeightNorm` that has it, or from the module that this is in."""
+    found = []
+    for name in names:
+        module, _, path = (name or "").rpartition(".")
+        if name and path.count("/") > 1 and path.endswith("/scale"):
+            inside = path.removesuffix("/scale").replace("/", ".")
+            places = [f"{place}.{inside}".removeprefix(".") for place in (module, module.rpartition(".")[0])]
+            name = next((f"{place}/scale" for place in places if place in names), name)
+        found.append(name)
+    return found
 
 
 def placed(array: Array, leaf: Leaf) -> Any:
