@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from shardconv.verify.unseen import told
 from shardconv.verify.verdict import summary
 
 Json = Mapping[str, Any]
@@ -31,7 +32,7 @@ def print_check(found: Json, console: Console) -> None:
 
 
 def check_lines(found: Json) -> Iterator[tuple[str, str]]:
-    """Labels and texts: a line for each check, and the notes of each."""
+    """Labels and texts: a line for each check, and the notes of each; then what the logits do not show."""
     label = "check"
     for name, words in (("weights", summary), ("logits", logit_summary)):
         part = found[name]
@@ -39,6 +40,8 @@ def check_lines(found: Json) -> Iterator[tuple[str, str]]:
             yield label, words(part)
             yield from (("note", note) for note in part["notes"])
             label = ""
+    if found["logits"] is not None:
+        yield from (("unseen", line) for line in told(found["logits"], found["weights"]))
 
 
 def logit_summary(found: Json) -> str:

@@ -10,7 +10,7 @@ from shardconv.verify.agreement import Measured, compare
 from shardconv.verify.differences import gap, in_sum, join, surprise
 from shardconv.verify.logit_request import Bounds
 from shardconv.verify.noise import ORDERS, ROUNDED
-from shardconv.verify.routing import certain, unrouted
+from shardconv.verify.routing import certain, first_use, routes, unrouted
 
 Array = np.ndarray[Any, Any]
 
@@ -60,7 +60,18 @@ def test_positions_are_judged_up_to_the_first_that_hangs_on_noise() -> None:
     assert certain(told, 1, inside)[1].all()
     assert certain(told, 3, inside).all()  # all are chosen
     assert certain({}, 0, inside).all()
-    assert unrouted(told, 1, inside) == (1, 2) and unrouted(told, 2, inside) == (2,) and unrouted({}, 0, inside) == ()
+
+
+def test_experts_that_only_positions_went_to_that_are_not_judged_are_unrouted() -> None:
+    scores = np.tile(np.float32([5.0, 3.0, 1.0, 0.0]), (2, 6, 1))
+    scores[0, 4], scores[1, 2] = [0.0, 1.0, 3.0, 5.0], [0.0, 5.0, 3.0, 1.0]
+    routed = routes({ROUNDED: scores}, 2)
+    assert routed is not None and routes({}, 2) is None
+    assert routed[0, :4].tolist() == [[True, True, False, False]] * 4 and routed[0, 4].tolist() == [False, False, True, True]
+    first = first_use(routed)
+    assert first.tolist() == [[0, 0, 4, 4], [0, 0, 2, 6]]
+    told = {judged: unrouted(first, np.array(judged, np.int32)) for judged in [(6, 6), (5, 2), (4, 6), (4, 2)]}
+    assert told == {(6, 6): (), (5, 2): (), (4, 6): (3,), (4, 2): (2, 3)}
 
 
 @pytest.mark.parametrize(("decided", "unjudged", "reasons"), [(4, 4, 0), (1, 0, 1)])

@@ -209,7 +209,8 @@ def test_a_whole_run_through_the_ledger_and_its_check(tmp_path: Path, case: Any)
     )
     found = check(request).to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["equal"] and found["problems"] == found["notes"] == found["unrouted"] == [] and found["divergence"] is None
+    assert found["equal"] and found["divergence"] is None
+    assert found["problems"] == found["notes"] == found["unrouted"] == found["unseen"] == []
     assert (found["forward"], found["sequences"], found["seed"], found["prompts"]) == ("auto", list(LENGTHS), 5, None)
     assert [one["step"] for one in found["blocks"]] == ["embed", "block 0", "block 1", "block 2", "block 3", "logits"]
     assert (found["platform"], found["devices"], found["mesh"], found["layer_by_layer"]) == ("cpu", 8, {"fsdp": 4, "tensor": 2}, False)

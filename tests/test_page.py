@@ -56,6 +56,7 @@ LOGITS: dict[str, Any] = {
     "divergence": {"step": "block 5", "part": "q", "max_abs": 0.02, "floor": 3e-6},
     "scatter": [[n / 5 - 3, n / 5 - 3 + 1e-5 * (n % 7)] for n in range(30)],
     "unrouted": [{"block": 3, "experts": [1, 17]}],
+    "unseen": [{"what": "experts", "arrays": ["layers.experts.{gate,up}[3, [1, 17]]"], "why": "no judged token", "count": 2, "total": 512}],
     "platform": "cpu", "devices": 8, "mesh": {"fsdp": 4, "tensor": 2}, "layer_by_layer": True, "pid": 32, "seconds": 31.2,
     "cpu_seconds": 55.0, "peak_rss_bytes": 2_900_000_000,
 }  # fmt: skip
@@ -175,6 +176,8 @@ def test_a_page_says_what_report_json_says() -> None:
         "first departs q of block 5: by 0.0200, and the noise there is 3.00 × 10⁻⁶",
         "computed on 8 x cpu, mesh fsdp 4, tensor 2, layer by layer",
         "3 1, 17",
+        "2 of 512 experts (layers.experts.{gate,up}[3, [1, 17]]): no judged token",
+        "of these the logits say nothing: the check of the weights has compared them, bit by bit",
     ):
         assert line in lines, line
     assert set(plots(tree)) == {"Stages", "Throughput", "Memory", "Difference by layer", "Logits"}

@@ -98,7 +98,7 @@ def experts(decoder: Decoder, routing: Routing, arrays: Arrays, x: jax.Array) ->
     gate, up = contract("ble,xef->blxf", x, arrays["experts_gate"]), contract("ble,xef->blxf", x, arrays["experts_up"])
     inner = ACTIVATIONS[decoder.activation](gate) * up
     scores = tap("router", contract("ble,ex->blx", x, arrays["router"]))
-    weights = shares(routing, scores, arrays.get("router_bias"))
+    weights = tap("shares", shares(routing, scores, arrays.get("router_bias")))
     return tap("experts", contract("blxf,xfe->ble", inner * weights[..., None], arrays["experts_down"]))
 
 

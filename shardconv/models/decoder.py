@@ -54,13 +54,15 @@ def logits(weights: Weights, tokens: jax.Array) -> jax.Array:
 
 def states(weights: Weights, tokens: jax.Array) -> Iterator[tuple[str, jax.Array]]:
     """What the model holds after each step, by name: "embed", "block 0", "block 1", ..., "logits"."""
-    for name, x in hidden(weights, tokens):
+    for name, x, _ in hidden(weights, tokens):
         yield name, x
     yield "logits", unembedded(weights)(x)
 
 
-def hidden(weights: Weights, tokens: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+def hidden(weights: Weights, tokens: jax.Array) -> Iterator[tuple[str, jax.Array, jax.Array | None]]:
     """The states before and after each block, (batch, length, embed), by name: "embed", "block 0", "block 1", ...
+
+    With each comes which experts of the block have a share in a token, (batch, length, experts), or None where there are none.
 
     Each step is waited for. Several programs in flight over more virtual CPU devices than there are cores take one another's threads and
     wait for each other for ever (seen with 8 devices on 2 cores); and it keeps one block's arrays in memory, not as many as are dispatched.
@@ -68,10 +70,10 @@ def hidden(weights: Weights, tokens: jax.Array) -> Iterator[tuple[str, jax.Array
     reading = weights.reading
     decoder = reading.decoder
     x = jax.block_until_ready(embedded(decoder, weights.arrays(_some(reading.ends, "embed", "positions")), tokens))
-    yield "embed", x
+    yield "embed", x, None
     for layer, window in enumerate(decoder.windows):
-        x = jax.block_until_ready(block(decoder, window, block_arrays(weights, layer), x))
-        yield f"block {layer}", x
+        x, routed = jax.block_until_ready(block(decoder, window, block_arrays(weights, layer), x))
+        yield f"block {layer}", x, routed
 
 
 def block_arrays(weights: Weights, layer: int) -> dict[str, jax.Array]:
@@ -124,8 +126,15 @@ def _head(decoder: Decoder, ends: Arrays, x: jax.Array) -> jax.Array:
     return capped(y * decoder.logit_scale, decoder.logit_cap)
 
 
-block = jax.jit(_block, static_argnames=("decoder", "window"))
 head = jax.jit(_head, static_argnames="decoder")
+
+
+@partial(jax.jit, static_argnames=("decoder", "window"))
+def block(decoder: Decoder, window: int | None, arrays: Arrays, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """One block, and which experts have a share in each token, (batch, length, experts), None without experts."""
+    with listening() as heard:
+        out = _block(decoder, window, arrays, x)
+    return out, heard["shares"] != 0 if "shares" in heard else None
 
 
 @partial(jax.jit, static_argnames=("decoder", "window"))
@@ -133,7 +142,7 @@ def block_parts(decoder: Decoder, window: int | None, arrays: Arrays, x: jax.Arr
     """What each part of a block makes of the state before it, by role; "out" is the state behind it."""
     with listening() as heard:
         out = _block(decoder, window, arrays, x)
-    return {**heard, "out": out}
+    return {role: part for role, part in heard.items() if role != "shares"} | {"out": out}
 
 
 @partial(jax.jit, static_argnames="decoder")

@@ -43,7 +43,7 @@ def page(report: Json) -> str:
     body = [_header(report), banner(check), problems_of(check)]
     if figures := list(_figures(report)):
         body.append(element("div", facts(figures), notes(report.get("notes") or ()), class_="card"))
-    body += [_plots(report), weights_section(weights), logits_section(logits), _footer(report)]
+    body += [_plots(report), weights_section(weights), logits_section(logits, weights), _footer(report)]
     head = element(
         "head",
         element("meta", charset="utf-8"),

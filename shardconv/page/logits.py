@@ -6,6 +6,7 @@ from typing import Any
 from shardconv.page.charts import blocks_figure, scatter_figure
 from shardconv.page.html import Markup, element, facts, gallery, join, notes, section, table
 from shardconv.page.words import UNKNOWN, decimal, finite, percent, seconds
+from shardconv.verify.unseen import told
 
 Json = Mapping[str, Any]
 
@@ -26,6 +27,8 @@ EXPLAINED = (
     "unrounded: the checkpoint against the PyTorch model whose weights are not rounded",
     "KL divergences are in nats; the cosine is the least of all positions",
 )
+# Arrays that are named of each kind that the logits do not show; report.json has them all.
+NAMED = 6
 MEASURES = (
     ("max_abs", "largest difference"),
     ("mean_abs", "mean difference"),
@@ -37,15 +40,18 @@ MEASURES = (
 )
 
 
-def logits_section(found: Json | None) -> Markup:
-    """The table and the facts in a frame, then the plots; nothing where logits were not compared."""
+def logits_section(found: Json | None, weights: Json | None = None) -> Markup:
+    """The table and the facts in a frame, then the plots; nothing where logits were not compared.
+
+    `weights` is the verdict on the weights beside it, which speaks for what the logits do not show.
+    """
     if found is None:
         return Markup()
     body = section(
         "Logits",
         *_differences(found.get("differences") or {}, found.get("bounds") or {}),
         facts(_facts(found)),
-        notes(found.get("notes") or ()),
+        notes([*(found.get("notes") or ()), *told(found, weights, NAMED)]),
         _unrouted(found.get("unrouted") or ()),
     )
     blocks, scatter = found.get("blocks") or (), found.get("scatter") or ()
@@ -104,7 +110,7 @@ def _mesh(mesh: object) -> str:
 
 
 def _unrouted(blocks: Sequence[Json]) -> Markup:
-    """The experts of which the logits say nothing; the notes name the first of them only."""
+    """The experts of which the logits say nothing; above, the first of them only are named."""
     rows = ((str(block.get("block")), ", ".join(map(str, block.get("experts") or ()))) for block in blocks)
     whole = table(("block", "experts"), rows, numbers=False)
     return element("details", element("summary", "experts that no token of the sample went to"), whole) if blocks else Markup()

@@ -51,6 +51,19 @@ def forward_of(name: str, source: str, restored: "Restored") -> Forward:
     return _calling(name, imported(name, FORWARD), nested(restored.leaves))
 
 
+def users_forward(name: str) -> Callable[[Mapping[str, Any], Any], Any]:
+    """The user's function of leaves by dotted name, and int32 token ids (batch, length); raises ConfigError where it cannot be had."""
+    import jax
+
+    function = imported(name, FORWARD)
+
+    def forward(leaves: Mapping[str, Any], tokens: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(nested(leaves), tokens)
+
+    return forward
+
+
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves by dotted name as nested dicts.
 

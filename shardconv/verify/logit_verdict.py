@@ -8,6 +8,7 @@ from typing import Any
 from shardconv.errors import Problem
 from shardconv.verify.agreement import LogitReport
 from shardconv.verify.divergence import Divergence, StepGap
+from shardconv.verify.unseen import Unseen
 
 DIFFERENCES = ("jax", "judged", "reordered", "rounded", "bfloat16")
 # What to look at where a part of a block departs.
@@ -28,8 +29,8 @@ HINTS: Mapping[str, str] = {
 class LogitVerdict:
     """The verdict and all that it rests on. `blocks` and `divergence` are of a forward whose states are known, the package's own.
 
-    `unrouted` are the experts, by block, to which no token of the sample went. `mesh` is what the checkpoint was restored onto, `memory`
-    and seconds are of this process.
+    `unrouted` are the experts, by block, to which no judged position went, `unseen` all that no judged logit depends on, None where that
+    was not looked for: `unsought` says why. `mesh` is what the checkpoint was restored onto; memory and seconds are of this process.
     """
 
     report: LogitReport
@@ -40,6 +41,8 @@ class LogitVerdict:
     divergence: Divergence | None
     traced: bool
     unrouted: Mapping[int, tuple[int, ...]]
+    unseen: tuple[Unseen, ...] | None
+    unsought: str
     platform: str
     devices: int
     mesh: Mapping[str, int]
@@ -79,15 +82,13 @@ class LogitVerdict:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the comparison says nothing of, in words."""
+        """What to know of the comparison besides, in words."""
         found = []
         if self.report.unjudged:
             total = sum(self.report.lengths)
             found.append(f"{self.report.unjudged:,} of {total:,} positions are not judged: before them a router's choice hung on noise")
-        if self.unrouted:
-            listed = [f"{_numbers(experts)} of block {block}" for block, experts in list(self.unrouted.items())[:3]]
-            more = f", and some of {len(self.unrouted) - 3} more blocks" if len(self.unrouted) > 3 else ""
-            found.append(f"no token of the sample went to {', '.join(listed)}{more}: of these the logits say nothing")
+        if self.unsought:
+            found.append(f"what the logits do not show was not looked for: {self.unsought}")
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +112,7 @@ class LogitVerdict:
             "divergence": None if self.divergence is None else asdict(self.divergence),
             "scatter": [list(pair) for pair in report.scatter],
             "unrouted": [{"block": block, "experts": list(experts)} for block, experts in self.unrouted.items()],
+            "unseen": None if self.unseen is None else [asdict(one) for one in self.unseen],
             "platform": self.platform,
             "devices": self.devices,
             "mesh": dict(self.mesh),
@@ -122,11 +124,6 @@ class LogitVerdict:
         }
         safe: dict[str, Any] = _finite(found)
         return safe
-
-
-def _numbers(experts: tuple[int, ...]) -> str:
-    few = ", ".join(str(expert) for expert in experts[:4])
-    return f"expert{'s' if len(experts) > 1 else ''} {few}{f' and {len(experts) - 4} more' if len(experts) > 4 else ''}"
 
 
 def _finite(value: Any) -> Any:

@@ -37,6 +37,7 @@ from shardconv.verify.logit_verdict import LogitVerdict
 from shardconv.verify.reference import Head, Reference, load_reference
 from shardconv.verify.restoring import Described, describe, restore
 from shardconv.verify.sample import prompt_sample, random_sample
+from shardconv.verify.unseen import Unseen, unseen_of
 from shardconv.verify.walking import Side, Walked, end_gap, walk
 
 # Logits (batch, length, rows) of token ids (batch, length), int32.
@@ -57,15 +58,24 @@ def check(request: LogitRequest) -> LogitVerdict:
         sample += prompt_sample(request.prompts, request.source)
     devices = jax.devices()
     described = describe(request.checkpoint, devices)
+    unseen: tuple[Unseen, ...] | None
+    unsought = ""
     layer_by_layer = request.forward == "auto" and described.nbytes > request.memory
     if request.forward == "auto":
         side = jax_side(described, config, request.rope, devices, layer_by_layer=layer_by_layer)
         found = side_by_side(reference, side, sample, request.bounds, seed=request.seed, trace=request.trace)
+        unseen = unseen_by(side.weights.reading, described, sample, found.walked)
     else:
-        from shardconv.verify.forwards import forward_of
+        from shardconv.verify.forwards import TRACED, forward_of
+        from shardconv.verify.insensitive import insensitive_leaves
 
-        forward = forward_of(request.forward, request.source, restore(request.checkpoint, devices))
-        found = by_logits(reference, forward, sample, request.bounds, seed=request.seed)
+        restored = restore(request.checkpoint, devices)
+        found = by_logits(reference, forward_of(request.forward, request.source, restored), sample, request.bounds, seed=request.seed)
+        if request.forward == TRACED:
+            unseen = unseen_by(reading_of(described, config, request.rope), described, sample, found.walked)
+        else:
+            judged = judged_tokens(sample, found.walked)
+            unseen, unsought = insensitive_leaves(request.forward, restored.leaves, judged, request.memory, time.perf_counter() - start)
     return LogitVerdict(
         report=found.report,
         forward=request.forward,
@@ -75,6 +85,8 @@ def check(request: LogitRequest) -> LogitVerdict:
         divergence=found.divergence if request.trace or not found.report.same else None,
         traced=request.trace,
         unrouted=found.walked.unrouted,
+        unseen=unseen,
+        unsought=unsought,
         platform=devices[0].platform,
         devices=len(devices),
         mesh=dict(described.mesh.shape),
@@ -94,6 +106,18 @@ class Found:
     walked: Walked
     gaps: tuple[StepGap, ...]
     divergence: Divergence | None
+
+
+def unseen_by(reading: Reading, described: Described, sample: Sequence[Tokens], walked: Walked) -> tuple[Unseen, ...]:
+    """What the judged logits do not depend on, as the checkpoint is read."""
+    shapes = {name: leaf.shape for name, leaf in described.leaves.items()}
+    judged = judged_tokens(sample, walked)
+    return unseen_of(reading, shapes, judged, walked.experts, walked.unrouted)
+
+
+def judged_tokens(sample: Sequence[Tokens], walked: Walked) -> list[Tokens]:
+    """Of each sequence the tokens whose logits are judged; a causal model's do not depend on those behind."""
+    return [tokens[:count] for tokens, count in zip(sample, walked.judged.tolist(), strict=True)]
 
 
 def jax_side(described: Described, config: dict[str, object], rope: str, devices: Sequence[jax.Device], *, layer_by_layer: bool) -> Side:

@@ -9,6 +9,7 @@ from shardconv.verify.noise import ORDERS, ROUNDED
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
+Counts = npt.NDArray[np.int32]
 
 # A router is undecided below this many times the median noise of its scores: the largest of a million normal deviates is 7 times their
 # median, both sides have noise, and some positions have more of it than others.
@@ -26,9 +27,22 @@ def certain(scores: Mapping[str, Floats], chosen: int, inside: Flags) -> Flags:
     return found
 
 
-def unrouted(scores: Mapping[str, Floats], chosen: int, inside: Flags) -> tuple[int, ...]:
-    """The experts that no position chose."""
+def routes(scores: Mapping[str, Floats], chosen: int) -> Flags | None:
+    """Which experts each position goes to, (sequences, length, experts); None without a router."""
     if ROUNDED not in scores:
-        return ()
-    best = np.argsort(scores[ROUNDED][inside], axis=-1)[:, -chosen:]
-    return tuple(sorted(set(range(scores[ROUNDED].shape[-1])) - set(best.ravel().tolist())))
+        return None
+    best = np.argsort(scores[ROUNDED], axis=-1)[..., -chosen:]
+    found = np.zeros(scores[ROUNDED].shape, bool)
+    np.put_along_axis(found, best, True, axis=-1)
+    return found
+
+
+def first_use(routed: Flags) -> Counts:
+    """The first position of each sequence that goes to each expert, (sequences, experts); its length where none does."""
+    found: Counts = np.where(routed.any(axis=1), routed.argmax(axis=1), routed.shape[1]).astype(np.int32)
+    return found
+
+
+def unrouted(first: Counts, judged: Counts) -> tuple[int, ...]:
+    """The experts to which none of the first `judged` positions of any sequence went: what the judged logits do not depend on."""
+    return tuple(np.flatnonzero((first >= judged[:, None]).all(axis=0)).tolist())

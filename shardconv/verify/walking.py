@@ -17,7 +17,7 @@ from shardconv.verify.differences import Tokens
 from shardconv.verify.divergence import Divergence, StepGap, as_published, first_part, of_part, step_gap, whole
 from shardconv.verify.noise import ORDERS, ROUNDED
 from shardconv.verify.reference import Head, Looker, Reference, Step, batch
-from shardconv.verify.routing import certain, unrouted
+from shardconv.verify.routing import Counts, certain, first_use, routes, unrouted
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
@@ -35,14 +35,18 @@ class Side:
 class Walked:
     """What is known before the logits: states behind the last block, by run and of the checkpoint, if it was walked through too.
 
-    `decided` is where no router's choice hung on noise, (sequences, length), `unrouted` are experts without a token, by block.
+    `decided` is where no router's choice hung on noise, (sequences, length), `judged` how many positions of each sequence are judged.
+    `experts` is how many each block has that has any, `unrouted` are those to which no judged position went, both by block; counted in the
+    checkpoint's own forward, or in the reference where that is not walked through.
     """
 
     states: Mapping[str, Floats]
     state: Floats | None
     decided: Flags
+    judged: Counts
     gaps: tuple[StepGap, ...]
     divergence: Divergence | None
+    experts: Mapping[int, int]
     unrouted: Mapping[int, tuple[int, ...]]
 
 
@@ -55,12 +59,13 @@ def walk(reference: Reference, sample: Sequence[Tokens], side: Side | None, *, f
     decided, before = inside, np.zeros(0, np.float32)
     gaps: list[StepGap] = []
     divergence: Divergence | None = None
-    lonely: dict[int, tuple[int, ...]] = {}
+    used: dict[int, Counts] = {}
     for number, step in enumerate(reference.steps(sample, trace=trace), -1):
         decided = inside & np.logical_and.accumulate(decided & certain(step.scores, chosen, inside), axis=1)
-        if alone := unrouted(step.scores, chosen, inside):
-            lonely[number] = alone
-        found = next(ours)
+        found, routed = next(ours)
+        routed = routes(step.scores, chosen) if side is None else routed
+        if routed is not None:
+            used[number] = first_use(routed)
         if found is not None:
             by_means = bool(decided.sum() < JUDGED * inside.sum())
             kept = inside if by_means else decided
@@ -74,16 +79,19 @@ def walk(reference: Reference, sample: Sequence[Tokens], side: Side | None, *, f
                     divergence = _parted(step, step.parts, side, number, before, kept, factor) or divergence
         before, states = step.states[ROUNDED], step.states
         del step  # and with it the reference's block
-    return Walked(states, found, decided, tuple(gaps), divergence, lonely)
+    judged = (decided if decided.sum() >= JUDGED * inside.sum() else inside).sum(axis=1, dtype=np.int32)
+    experts = {number: first.shape[1] for number, first in used.items()}
+    alone = {number: left for number, first in used.items() if (left := unrouted(first, judged))}
+    return Walked(states, found, decided, judged, tuple(gaps), divergence, experts, alone)
 
 
-def _ours(side: Side | None, tokens: Tokens) -> Iterator[Floats | None]:
-    """The checkpoint's states, or nothing for ever."""
+def _ours(side: Side | None, tokens: Tokens) -> Iterator[tuple[Floats | None, Flags | None]]:
+    """The checkpoint's states, each with where its tokens were routed, or nothing for ever."""
     if side is None:
         while True:
-            yield None
-    for _, state in hidden(side.weights, jnp.asarray(tokens, jnp.int32)):
-        yield np.asarray(state)
+            yield None, None
+    for _, state, routed in hidden(side.weights, jnp.asarray(tokens, jnp.int32)):
+        yield np.asarray(state), None if routed is None else np.asarray(routed)
 
 
 def _parted(step: Step, parts: Looker, side: Side, number: int, before: Floats, kept: Flags, factor: float) -> Divergence | None:
