@@ -8,17 +8,29 @@ something else.
     RMSNorm(eps=None)                  epsilon=jnp.finfo(x.dtype).eps               eps=jnp.finfo(x.dtype).eps, use_bias=False
     GroupNorm(groups, channels)        GroupNorm(num_groups=groups)                 the same
     InstanceNorm2d(channels)           InstanceNorm()                               GroupNorm(channels, channels)
-    BatchNorm(momentum=0.1)            momentum=0.9, see `kept_momentum`            momentum=0.9
+      (track_running_stats=True)       BatchNorm(use_running_average=True)          BatchNorm(inference=True)
+    BatchNorm(momentum=0.1)            momentum=0.9, see `kept_momentum`            momentum=0.9, mode="batch"
     Conv2d(padding=p)                  padding=p                                    padding=p
-    Conv2d(padding_mode="circular")    padding="CIRCULAR"                           padding_mode="CIRCULAR", padding="SAME"
+    Conv2d(padding="same")             padding="SAME"                               the same
+    Conv2d(padding_mode="circular")    padding="CIRCULAR", of half a kernel         padding_mode="CIRCULAR", padding=p
+    Conv2d(padding_mode="reflect")     padding="REFLECT", of half a kernel          padding_mode="REFLECT", padding=p
+    Conv2d(padding_mode="replicate")   has none, see `PAD_MODES`                    padding_mode="REPLICATE", padding=p
     ConvTranspose2d(k, s, p)           see `transposed_padding`                     the same integers
     GELU()                             gelu(approximate=False)                      the same
     MultiheadAttention                 MultiHeadDotProductAttention                 use_query_bias=True and so on
+      (add_zero_attn=True)             has none                                     has none
+    weight_norm(dim=0)                 WeightNorm(), its axis is the last           WeightNorm()
+
+In training, batch norm gives the same results everywhere, but what it keeps of the variance differs: torch takes n / (n - 1) of a batch's,
+n being the numbers per channel, Flax and Equinox the batch's own. Equinox's mode "ema" divides by what is kept in training too.
+
+Flax's `WeightNorm` adds 1e-12 to the square of a row's length, torch nothing: beyond a length of 0.003 no float32 shows it. That of NNX
+keeps its scales as plain arrays, which no filter for `nnx.Param` finds, and writes the product into the kernel whenever it is called.
 """
 
 from collections.abc import Mapping, Sequence
 
-# What `jax.numpy.pad` calls torch's padding modes.
+# What `jax.numpy.pad` calls torch's padding modes: before a convolution with padding="VALID", for those, and widths, that Flax lacks.
 PAD_MODES: Mapping[str, str] = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
