@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from shardconv.errors import ConfigError, InputError, Problem
+from shardconv.porting.agreement import Agreement
 from shardconv.porting.epsilons import other_epsilons
 from shardconv.porting.folding import names
 from shardconv.porting.landing import landed
@@ -87,7 +88,8 @@ def _proposed(weights: Weights, tree: Tree, ignore: Sequence[str], agrees: Agree
     def tried(moves: list[Bound]) -> bool:
         return agrees is not None and agrees(tree.copied(_landed(moves, weights, tree)))
 
-    return proposed(weights, tree, ignore, tried if agrees else None)
+    flow = agrees.flow(tree) if isinstance(agrees, Agreement) else None
+    return proposed(weights, tree, ignore, tried if agrees else None, flow)
 
 
 def _certain(weights: Weights, tree: Tree, proposal: Proposal, ignore: Sequence[str]) -> Resolved:
@@ -99,7 +101,7 @@ def _certain(weights: Weights, tree: Tree, proposal: Proposal, ignore: Sequence[
     plan = Plan(ignore=tuple(ignore))
     told: set[str] = set()
     for one in proposal.open:
-        told |= {name for expression in one.layer.tensors.values() for name in names(expression)}
+        told |= set(one.tensors)
         places = ", ".join(one.places[:SHOWN]) + (f" and {len(one.places) - SHOWN} more" if len(one.places) > SHOWN else "")
         said = f"fits {places}" + (", and its name does not say which" if len(one.places) > 1 else "") if places else "fits nothing"
         found.problems.append(Problem(f"open: {described(one.layer, weights.shapes)} {said}"))

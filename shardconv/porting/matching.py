@@ -1,23 +1,25 @@
-"""Matching: a mapping that nobody wrote, proposed from layers, shapes, names and order, and never guessed.
+"""Matching: a mapping that nobody wrote, proposed from layers, shapes, names and two followed runs, and never guessed.
 
-Each layer of the checkpoint fits some modules of the model: those with arrays that a layer rule fills from its tensors, exactly. Of these
-one is taken where
+Each layer of the checkpoint fits some modules of the model: those with arrays that a layer rule fills from its tensors, exactly; so does a
+stack of layers, if the model has one (`stacks`). Where both models have been followed in a run, only places are left that their flow allows
+(`flow`). Of these one is taken where
 
     1. it has the layer's name, spelled as code bases differ (`layer.0.attention.q_proj`, `layers_0.attn.query`), and no other has;
     2. it is the only one that the layer fits, and no other layer fits it;
     3. its name is nearer to the layer's than that of any other, and the layer's is nearer to it than any other's; numbers must agree.
 
 What is left is open, and said to be: Linen's own names (`Conv_3`) say nothing. A function that runs the model settles it
-(`agrees`): layers that fit the same modules are tried in the order of both sides, few of them in every order, and what makes
-the model compute what PyTorch does is taken if it is one thing only.
+(`agrees`): layers that fit the same modules are tried in the order of both sides, few of them in every order, and taken is what all
+have in common that make the model compute what PyTorch does. What the flow has settled is confirmed in the same way.
 """
 
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from shardconv.porting.flow import Flow, Members
 from shardconv.porting.folding import names
 from shardconv.porting.layers import layers_of
 from shardconv.porting.mapping import matched, written
@@ -25,6 +27,7 @@ from shardconv.porting.moves import Bound
 from shardconv.porting.resolving import alike, arrays_in, fitting_choices, table_of
 from shardconv.porting.rules import Choice, Layer
 from shardconv.porting.sources import Weights
+from shardconv.porting.stacks import AXIS, Stack, stacks
 from shardconv.porting.trees import Tree
 
 # Assignments that are tried at most by running the model; each is a conversion and a forward.
@@ -56,10 +59,12 @@ SYNONYMS = {
 
 @dataclass(frozen=True)
 class Open:
-    """A layer that has more than one place, or none, with the modules that it fits."""
+    """A layer that has more than one place, or none, with the modules that it fits; `tensors` are all that are of it."""
 
     layer: Layer
+    tensors: tuple[str, ...]
     places: tuple[str, ...]
+    why: str = ""
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Proposal:
     places: dict[str, str] = field(default_factory=dict)
     open: list[Open] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)  # arrays that nothing fills
+    is_run: bool = False  # whether the model was run, and agreed
 
     def text(self, tree: Tree, ignore: Sequence[str]) -> str:
         """The proposal as a mapping to edit; what is open is a comment."""
@@ -87,24 +93,79 @@ Fits = dict[str, dict[str, list[list[Bound]]]]  # layer, module, and the ways in
 
 @dataclass(frozen=True)
 class _Matcher:
-    """What is known before anything is decided: the layers' views, and where each fits."""
+    """What is known before anything is decided: the layers' views, stacks of them, and where each fits."""
 
     weights: Weights
     tree: Tree
     views: Mapping[str, tuple[Layer, ...]]
+    stacks: Mapping[str, Stack]
     fits: Fits
     chosen: dict[tuple[str, str], Choice]
 
+    def tensors(self, layer: str) -> list[list[str]]:
+        """The names of a layer's tensors; of a stack those of each member."""
+        members = self.stacks[layer].members if layer in self.stacks else self.views[layer][:1]
+        return [[name for expression in member.tensors.values() for name in names(expression)] for member in members]
 
-def proposed(weights: Weights, tree: Tree, ignore: Sequence[str] = (), agrees: Callable[[list[Bound]], bool] | None = None) -> Proposal:
-    """A mapping for a checkpoint and a model. `agrees` tells whether the model computes what it should under complete moves."""
+
+def proposed(
+    weights: Weights,
+    tree: Tree,
+    ignore: Sequence[str] = (),
+    agrees: Callable[[list[Bound]], bool] | None = None,
+    flow: Flow | None = None,
+) -> Proposal:
+    """A mapping for a checkpoint and a model. `agrees` tells whether the model computes what it should under complete moves, `flow` what
+    both models do with their arrays."""
     matcher = _matcher(weights, tree, ignore)
     places = _by_names_and_shapes(matcher.fits)
-    if agrees is not None and (len(places) < len(matcher.fits) or _has_ways(matcher, places)):
-        for complete, moves in _tried(matcher, places, agrees):
-            return _proposal(matcher, complete, moves)
-    moves = [move for layer, place in places.items() if len(ways := matcher.fits[layer][place]) == 1 for move in ways[0]]
-    return _proposal(matcher, places, moves)
+    if flow is None:
+        return _settled(matcher, places, agrees) or _proposal(matcher, places)
+    narrow, found = _narrowed(matcher, flow)
+    if narrow.fits == matcher.fits:
+        return _settled(matcher, places, agrees) or _proposal(matcher, places)
+    if proposal := _settled(narrow, found, agrees, confirm=True):
+        return proposal
+    if agrees is not None:  # what the flow says has not been confirmed: names alone may, but only if the model agrees
+        if proposal := _settled(matcher, places, agrees, confirm=True):
+            return proposal
+        found = {layer: place for layer, place in found.items() if places.get(layer) == place}
+        found = {layer: place for layer, place in found.items() if narrow.fits[layer][place] == matcher.fits[layer][place]}
+    return _proposal(narrow, found)
+
+
+def _settled(
+    matcher: _Matcher, places: dict[str, str], agrees: Callable[[list[Bound]], bool] | None, confirm: bool = False
+) -> Proposal | None:
+    """What all assignments have in common with which the model agrees, if something was open, or is to be confirmed."""
+    if agrees is None or not (confirm or len(places) < len(matcher.fits) or _has_ways(matcher, places)):
+        return None
+    agreed = list(_tried(matcher, places, agrees))
+    if not agreed:
+        return None
+    common = {layer: way for layer, way in agreed[0].items() if all(other[layer] == way for other in agreed)}
+    moves = [move for _, way in common.values() for move in way]
+    return replace(_proposal(matcher, {layer: place for layer, (place, _) in common.items()}, moves), is_run=True)
+
+
+def _narrowed(matcher: _Matcher, flow: Flow) -> tuple[_Matcher, dict[str, str]]:
+    """The places and ways that the flow of both models allows, and what is certain then."""
+    shapes = matcher.weights.shapes, matcher.tree.shapes
+    fits: Fits = {}
+    for layer, found in matcher.fits.items():
+        turned = {place: [flow.flattened(way, *shapes) for way in ways if flow.turned(way)] for place, ways in found.items()}
+        fits[layer] = {place: ways for place, ways in turned.items() if ways}
+    layers = {layer: Members(matcher.tensors(layer), layer in matcher.stacks) for layer in fits}
+    arrays = {place: _targets(way) for found in fits.values() for place, ways in found.items() for way in ways}
+    members = {place: Members([names]) for place, names in arrays.items()}
+    places: dict[str, str] = {}
+    while True:
+        options = flow.narrowed({layer: list(found) for layer, found in fits.items()}, layers, members, places)
+        narrowed = {layer: {place: fits[layer][place] for place in found} for layer, found in options.items()}
+        settled = _by_names_and_shapes(narrowed)
+        if settled == places and narrowed == fits:
+            return replace(matcher, fits=fits), places
+        fits, places = narrowed, settled
 
 
 def words(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -133,25 +194,44 @@ def _matcher(weights: Weights, tree: Tree, ignore: Sequence[str]) -> _Matcher:
     bare = [name for name in tree.leaves if name.rpartition(".")[2] not in known]  # arrays that are no layer's
     kept = [name for name in weights.tensors if not matched(name, ignore)]
     views = layers_of(kept, weights.kinds)
+    there = stacks(views, weights.shapes)
+    looks = {module: _look(module, tree) for module in ["", *modules, *bare]}
+    misfits: set[object] = set()  # what a layer and a module that do not fit look like: most are many times there
     fits: Fits = {}
     chosen: dict[tuple[str, str], Choice] = {}
-    misfits: set[object] = set()  # what a layer and a module that do not fit look like: most are many times there
-    looks = {module: _look(module, tree) for module in ["", *modules, *bare]}
-    for layer, seen in views.items():
+    for layer, seen in [*views.items(), *((name, stack.views) for name, stack in there.items())]:
         found = {}
-        own = (seen[0].kinds, tuple((inner, str(weights.shapes[names(one)[0]])) for inner, one in seen[-1].tensors.items()))
+        first = there[layer].members[0] if layer in there else seen[-1]
+        shapes = tuple((inner, str([weights.shapes[name] for name in names(one)])) for inner, one in first.tensors.items())
+        own, axis = (layer in there, seen[0].kinds, shapes), AXIS if layer in there else ""
         for module, look in looks.items():
-            ways = [] if (own, look) in misfits else fitting_choices(seen, module, weights, tree, rare=False)
+            ways = [] if (own, look) in misfits else fitting_choices(seen, module, weights, tree, rare=False, stack=axis)
+            ways = [way for way in ways if not (axis and way.rule.zeros)]
             if not ways:
                 misfits.add((own, look))
             if ways:
                 found[module] = [way.moves for way in ways]
                 chosen[layer, module] = ways[0]
-            elif (moves := alike(seen[-1], module, weights, tree)) is not None:
+            elif (moves := alike(seen[-1], module, weights, tree, axis)) is not None:
                 found[module] = [moves]
-        if found or not all(name in weights.tied for expression in seen[0].tensors.values() for name in names(expression)):
+        if found or (layer not in there and not all(name in weights.tied for one in seen[0].tensors.values() for name in names(one))):
             fits[layer] = found
-    return _Matcher(weights, tree, views, fits, chosen)
+    return _Matcher(weights, tree, views, *_one_or_all(there, fits), chosen)
+
+
+def _one_or_all(there: Mapping[str, Stack], fits: Fits) -> tuple[dict[str, Stack], Fits]:
+    """Stacks that have a place in the model, where their members have none in arrays of their own."""
+    single = {place for layer, found in fits.items() if layer not in there for place in found}
+    kept = {}
+    for name, stack in there.items():
+        members = [member.name for member in stack.members]
+        elsewhere = {place: moves for place, moves in fits.get(name, {}).items() if place not in single}
+        if elsewhere and all(member in fits for member in members):
+            kept[name] = stack
+            fits[name] = elsewhere
+            for member in members:
+                del fits[member]
+    return kept, {layer: found for layer, found in fits.items() if layer not in there or layer in kept}
 
 
 def _look(module: str, tree: Tree) -> object:
@@ -204,17 +284,13 @@ def _has_ways(matcher: _Matcher, places: Mapping[str, str]) -> bool:
 
 def _tried(
     matcher: _Matcher, places: dict[str, str], agrees: Callable[[list[Bound]], bool]
-) -> Iterator[tuple[dict[str, str], list[Bound]]]:
-    """The complete assignment that agrees, if there is one and only one among those that are tried."""
-    agreed: list[tuple[dict[str, str], list[Bound]]] = []
+) -> Iterator[dict[str, tuple[str, list[Bound]]]]:
+    """The complete assignments that agree, among those that are tried: for each layer its place and its moves."""
     for complete in itertools.islice(_assignments(matcher, places), TRIES):
         ways = [matcher.fits[layer][place] for layer, place in complete.items()]
         for moves in itertools.islice(itertools.product(*ways), TRIES):
-            flat = [move for some in moves for move in some]
-            if agrees(flat):
-                agreed.append((complete, flat))
-    if len(agreed) == 1:
-        yield agreed[0]
+            if agrees([move for some in moves for move in some]):
+                yield {layer: (place, some) for (layer, place), some in zip(complete.items(), moves, strict=True)}
 
 
 def _assignments(matcher: _Matcher, places: dict[str, str]) -> Iterator[dict[str, str]]:
@@ -240,17 +316,25 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"[0-9]+|[^0-9]+", name)]
 
 
-def _proposal(matcher: _Matcher, places: dict[str, str], moves: list[Bound]) -> Proposal:
+def _proposal(matcher: _Matcher, places: dict[str, str], moves: list[Bound] | None = None) -> Proposal:
+    if moves is None:
+        moves = [move for layer, place in places.items() if len(ways := matcher.fits[layer][place]) == 1 for move in ways[0]]
     filled = {name for move in moves for name, _ in move.target.keys()}
-    settled = {layer for layer in places if all(name in filled for way in matcher.fits[layer][places[layer]] for name in _targets(way))}
+    settled = [layer for layer in places if all(name in filled for way in matcher.fits[layer][places[layer]] for name in _targets(way))]
     taken = [places[layer] for layer in settled]
-    left = [
-        Open(matcher.views[layer][0], tuple(place for place in found if place not in taken))
-        for layer, found in matcher.fits.items()
-        if layer not in settled
-    ]
+    left = []
+    for layer, found in matcher.fits.items():
+        if layer not in settled:
+            shown = matcher.stacks[layer].shown if layer in matcher.stacks else matcher.views[layer][0]
+            tensors = tuple(name for member in matcher.tensors(layer) for name in member)
+            left.append(Open(shown, tensors, tuple(place for place in found if place not in taken)))
     choices = {layer: matcher.chosen.get((layer, place)) for layer, place in places.items() if layer in settled}
-    return Proposal(choices, moves, {layer: places[layer] for layer in settled}, left, [n for n in matcher.tree.leaves if n not in filled])
+    at = {name: places[layer] for layer in settled for name in _members(matcher, layer)}
+    return Proposal(choices, moves, at, left, [name for name in matcher.tree.leaves if name not in filled])
+
+
+def _members(matcher: _Matcher, layer: str) -> list[str]:
+    return [member.name for member in matcher.stacks[layer].members] if layer in matcher.stacks else [layer]
 
 
 def _targets(moves: Sequence[Bound]) -> list[str]:

@@ -1,0 +1,112 @@
+"""Models whose names say nothing: the same in torch and in JAX, with layers of equal shapes."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import torch
+from flax import linen, nnx
+
+WIDE, HEADS, TOKENS = 8, 2, 5
+
+
+class TorchBlock(torch.nn.Module):
+    """A transformer's block, all of its matrices square, its gate after its up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("a", "b", "c", "d", "e", "f", "g"):
+            setattr(self, name, torch.nn.Linear(WIDE, WIDE))
+        self.x = torch.nn.LayerNorm(WIDE, eps=1e-6)
+        self.y = torch.nn.LayerNorm(WIDE, eps=1e-6)
+
+    def forward(self, x: Any) -> Any:
+        h = self.x(x)
+        q, k, v = (m(h).unflatten(-1, (HEADS, -1)).transpose(-2, -3) for m in (self.a, self.b, self.c))
+        h = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.d(h.transpose(-2, -3).flatten(-2))
+        h = self.y(x)
+        return x + self.g(torch.nn.functional.silu(self.f(h)) * self.e(h))
+
+
+def attended(q: Any, k: Any, v: Any) -> Any:
+    """Attention of (tokens, features)."""
+    q, k, v = (one.reshape(*one.shape[:-1], HEADS, -1) for one in (q, k, v))
+    scores = jnp.einsum("...qhd,...khd->...hqk", q, k) / (WIDE // HEADS) ** 0.5
+    found = jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(scores), v)
+    return found.reshape(*found.shape[:-2], -1)
+
+
+class LinenBlock(linen.Module):
+    """The same; `Dense_0` is the value, since it is made first, `Dense_1` the key, `Dense_6` the up."""
+
+    @linen.compact
+    def __call__(self, x: Any, _: Any = None) -> Any:
+        h = linen.LayerNorm()(x)
+        v, k, q = linen.Dense(WIDE)(h), linen.Dense(WIDE)(h), linen.Dense(WIDE)(h)
+        x = x + linen.Dense(WIDE)(attended(q, k, v))
+        h = linen.LayerNorm()(x)
+        out, gate, up = linen.Dense(WIDE), linen.Dense(WIDE), linen.Dense(WIDE)
+        return x + out(linen.silu(gate(h)) * up(h)), None
+
+
+class LinenBlocks(linen.Module):
+    """Some of them, one after another."""
+
+    layers: int = 2
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        for _ in range(self.layers):
+            x, _ = LinenBlock()(x)
+        return x
+
+
+class LinenScan(linen.Module):
+    """Some of them in one array each."""
+
+    layers: int = 3
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        block = linen.scan(linen.remat(LinenBlock), variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+        return block(name="stack")(x, None)[0]
+
+
+class NnxBlock(nnx.Module):
+    """The same, in a list."""
+
+    def __init__(self, rngs: Any) -> None:
+        self.parts = nnx.List([nnx.Linear(WIDE, WIDE, rngs=rngs) for _ in range(7)])
+        self.scales = nnx.List([nnx.LayerNorm(WIDE, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x: Any) -> Any:
+        up, gate, down, out, v, k, q = self.parts
+        second, first = self.scales
+        h = first(x)
+        x = x + out(attended(q(h), k(h), v(h)))
+        h = second(x)
+        return x + down(jax.nn.silu(gate(h)) * up(h))
+
+
+class EqxBlock(eqx.Module):
+    """The same, of bare matrices but for the norms."""
+
+    parts: list[Any]
+    shifts: list[Any]
+    scales: list[Any]
+
+    def __init__(self, key: Any) -> None:
+        del key
+        self.parts = [eqx.nn.Linear(WIDE, WIDE, key=jax.random.key(0)) for _ in range(7)]
+        self.shifts = []
+        self.scales = [eqx.nn.LayerNorm(WIDE, eps=1e-6) for _ in range(2)]
+
+    def __call__(self, x: Any) -> Any:
+        up, gate, down, out, v, k, q = (jax.vmap(part) for part in self.parts)
+        second, first = (jax.vmap(scale) for scale in self.scales)
+        h = first(x)
+        x = x + out(attended(q(h), k(h), v(h)))
+        h = second(x)
+        return x + down(jax.nn.silu(gate(h)) * up(h))
