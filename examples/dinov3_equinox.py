@@ -8,7 +8,8 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from dinov3_rope import Sizes, angles, attended
+
+from examples.dinov3_rope import Sizes, angles, attended
 
 
 class Block(eqx.Module):
@@ -74,3 +75,8 @@ class DINOv3(eqx.Module):
         for block in self.blocks:
             found.append(x := block(x, turn))
         return [*found, jax.vmap(self.norm)(x)]
+
+
+def make_model() -> DINOv3:
+    """ViT-S/16, as `[target] layout = "examples.dinov3_equinox:make_model"` has it."""
+    return DINOv3(Sizes(), jax.random.key(0))

@@ -4,13 +4,14 @@
     shardconv.convert_module("checkpoints/dinov3-vits16", model, "examples/dinov3_nnx.toml")
     features = jax.vmap(model)(images)                     # images are (batch, height, width, 3)
 
-Files with Meta's names have `dinov3_nnx_meta.toml`.
+Files with Meta's names have `dinov3_nnx_meta.toml`. `configs/dinov3_vits16.toml` converts either from the command line.
 """
 
 import jax
 import jax.numpy as jnp
-from dinov3_rope import Sizes, angles, attended
 from flax import nnx
+
+from examples.dinov3_rope import Sizes, angles, attended
 
 
 class Block(nnx.Module):
@@ -61,3 +62,8 @@ class DINOv3(nnx.Module):
         for block in self.blocks:
             found.append(x := block(x, turn))
         return [*found, self.norm(x)]
+
+
+def make_model() -> DINOv3:
+    """ViT-S/16, as `[target] layout = "examples.dinov3_nnx:make_model"` has it."""
+    return DINOv3(Sizes(), nnx.Rngs(0))

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 MAPPING = {
@@ -66,3 +67,8 @@ class ResNet(nn.Module):
                 x = Bottleneck(self.width << stage, stride, not block, name=f"stage{stage + 1}_block{block}")(x)
             features[f"stage{stage + 1}"] = x
         return {**features, "logits": nn.Dense(self.classes, name="head")(x.mean((1, 2)))}
+
+
+def make_model() -> Any:
+    """ResNet-50's variables, as `[target] layout = "examples.resnet:make_model"` has it."""
+    return ResNet().init(jax.random.key(0), jnp.ones((1, 64, 64, 3)))

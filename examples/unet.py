@@ -48,3 +48,8 @@ class UNet(nn.Module):
             x = nn.ConvTranspose(width, (4, 4), (2, 2), padding=sides, transpose_kernel=True, name=f"up{level}")(x)
             x = features[f"merge{level}"] = Double(width, name=f"merge{level}")(jnp.concatenate([seen[level], x], axis=-1))
         return {**features, "out": nn.Conv(self.classes, (1, 1), name="out")(x)}
+
+
+def make_model() -> Any:
+    """Its variables, as `[target] layout = "examples.unet:make_model"` has it."""
+    return UNet().init(jax.random.key(0), jnp.ones((1, 32, 32, 3)))

@@ -10,8 +10,10 @@ OFFERED = {
     "convert_module": "shardconv.porting.convert",
     "j2t": "shardconv.interop",
     "load": "shardconv.mesh.loading",
+    "load_module": "shardconv.porting.saving",
     "plan_load": "shardconv.mesh.loading",
     "propose_mapping": "shardconv.porting.convert",
+    "save_module": "shardconv.porting.saving",
     "t2j": "shardconv.interop",
     "torch_in_jax": "shardconv.interop",
 }

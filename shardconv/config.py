@@ -166,7 +166,7 @@ def _unknown_names(data: Mapping[str, object]) -> Iterator[tuple[Keys, Problem]]
     for (section, key), names in known.items():
         table = data.get(section)
         said = table.get(key) if isinstance(table, Mapping) else None
-        if isinstance(said, str) and said and said not in names:
+        if isinstance(said, str) and said and said not in names and not (key == "layout" and ":" in said):
             yield (section, key), unknown_name(f"[{section}] {key}", said, names)
 
 

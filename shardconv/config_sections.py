@@ -23,6 +23,15 @@ TargetDType = Literal[
     "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"
 ]
 
+# What to do about a key of [target] that is for other layouts.
+UNFIT = {
+    "mapping": 'leave it out: it is for a model of your own, layout = "module:make_model"',
+    "query_dtype": "leave it out: your mapping folds no scale into the query",
+    "rope": "leave it out: write the order of rotary dims into your mapping",
+    "vocab_size": "leave it out: your model has its own number of rows",
+}
+
+
 @dataclass(frozen=True)
 class Absent:
     """The word that stands for None in TOML, which has no null."""
@@ -105,8 +114,15 @@ class TargetSection(Section):
     layout: Annotated[
         Text,
         Expected("a layout's name, in quotes"),
-        Field(description="Whose names and shapes to write: one that `shardconv layouts` lists."),
+        Field(description='Whose names and shapes to write: one that `shardconv layouts` lists, or your own model, "module:make_model".'),
     ]
+    mapping: Annotated[
+        Place | None,
+        Absent("auto"),
+        _word("auto"),
+        Expected('a TOML file, or "auto"'),
+        Field(description='Of your own model: a file that says which tensor fills which array; "auto" proposes one and takes no chances.'),
+    ] = None
     scan_layers: Annotated[
         Flag,
         Field(description="true: one array per parameter for all layers, as scanned code wants it; false: one per layer."),
@@ -135,6 +151,16 @@ class TargetSection(Section):
         Expected('a number of rows, or "source"'),
         Field(description='Rows of the embedding, padded with zeros up to here; "source" adds none.'),
     ] = None
+
+    @model_validator(mode="after")
+    def _fits_the_layout(self) -> Self:
+        ours = {"query_dtype": self.query_dtype, "vocab_size": self.vocab_size, "rope": None if self.rope == "auto" else self.rope}
+        wrong = ours if ":" in self.layout else {"mapping": self.mapping}
+        told = f"does not go with layout = {toml_value(self.layout)}"
+        problems = {key: f"[target] {key} = {toml_value(value)} {told}" for key, value in wrong.items() if value is not None}
+        if problems:
+            raise Misfit([((key,), Problem(fact, UNFIT[key])) for key, fact in problems.items()])
+        return self
 
 
 class MeshSection(Section):

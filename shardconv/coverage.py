@@ -60,7 +60,7 @@ def require_covered(
     rest: dict[str, list[str]] = {"": []}
     for key in stored:
         if key not in expected:
-            rest.setdefault(_rule(key, (*model.family.ignore, *ignored)), []).append(key)
+            rest.setdefault(rule_of(key, (*model.family.ignore, *ignored)), []).append(key)
     unmapped = rest.pop("")
     beyond = _beyond(unmapped, model)
     problems = [*_more_layers(beyond, model), *problems, *_unmapped((key for key in unmapped if key not in beyond), model)]
@@ -106,8 +106,12 @@ def _sizes(axes: Iterable[str], model: Model) -> str:
     return ", ".join(f"{axis} = {model.axes[axis]}" for axis in dict.fromkeys(axes) if axis in model.axes)
 
 
-def _rule(key: str, rules: Iterable[str]) -> str:
-    """The first rule that a key follows, or nothing."""
+def rule_of(key: str, rules: Iterable[str]) -> str:
+    """The first rule that a key follows, or nothing; in a rule, `*` is any text and `{}` any number.
+
+    >>> rule_of("blocks.3.mask", ["rope.*", "blocks.{}.mask"])
+    'blocks.{}.mask'
+    """
     return next((rule for rule in rules if _pattern(rule).fullmatch(key)), "")
 
 

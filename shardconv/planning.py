@@ -14,6 +14,8 @@ from shardconv.families import families, find
 from shardconv.family import LayoutOptions, Model, bind
 from shardconv.layouts import LAYOUTS
 from shardconv.plan import Plan, PlanOptions, make_plan
+from shardconv.porting.making import Asked, is_own, made_elsewhere
+from shardconv.porting.planned import named_axes, plan_made
 from shardconv.sharding import MeshRules
 from shardconv.source import Source, open_source
 from shardconv.ties import same_bytes
@@ -23,9 +25,11 @@ def plan_from_config(config: Config, *, compare_ends: bool = False) -> Plan:
     """Plans a conversion; raises InputError with all that is wrong, ConfigError where the config does not fit the model.
 
     `compare_ends` reads the embedding and the output projection where config.json calls them tied and both are there; without it
-    nothing but headers is read, and they are taken as equal.
+    nothing but headers is read, and they are taken as equal. A layout of the user's own is asked for its model, in another process.
     """
     source = open_source(config.source.path, config.source.prefix or "")
+    if is_own(config.target.layout):
+        return _own_plan(config, source)
     if source.config is None:
         fact = f"{source.root} has no config.json"
         raise InputError("the model's numbers are not known", [Problem(fact, "put the checkpoint's config.json beside its weights")])
@@ -35,19 +39,30 @@ def plan_from_config(config: Config, *, compare_ends: bool = False) -> Plan:
     target = config.target
     model = bind(find(source.config, config.model.family), source.config)
     chosen = LayoutOptions(target.scan_layers, target.rope, target.vocab_size or 0, target.query_dtype or "")
-    options = PlanOptions(
-        dtype=target.dtype,
+    layout = LAYOUTS[target.layout](model, chosen)
+    _require_axes(config, {*model.axes, *layout.axes})
+    return make_plan(source, model, layout, _options(config, _ends_equal(source, model) if compare_ends else None))
+
+
+def _own_plan(config: Config, source: Source) -> Plan:
+    target, ignore = config.target, config.model.ignore
+    made = made_elsewhere(Asked(target.layout, source, target.mapping, ignore))
+    plan = plan_made(source, made, target.layout, _options(config, None))
+    _require_axes(config, named_axes(plan))
+    return plan
+
+
+def _options(config: Config, ends_equal: bool | None) -> PlanOptions:
+    return PlanOptions(
+        dtype=config.target.dtype,
         mesh=MeshRules(config.mesh.axes, config.mesh.rules),
         chunk_bytes=config.output.chunk_bytes,
         memory_budget=worker_budget(config),
         ignore=config.model.ignore,
-        ends_equal=_ends_equal(source, model) if compare_ends else None,
+        ends_equal=ends_equal,
         store_copies=_store_copies(config.output),
         processes=config.mesh.processes if config.mesh.places else 0,
     )
-    layout = LAYOUTS[target.layout](model, chosen)
-    _require_axes(config, {*model.axes, *layout.axes})
-    return make_plan(source, model, layout, options)
 
 
 def _require_axes(config: Config, own: set[str]) -> None:

@@ -34,8 +34,10 @@ memory.
 """
 
 import platform
+import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
@@ -198,7 +200,7 @@ def dims(address: Address) -> str:
 
 def _dim(dim: Dim) -> str:
     axes = [digit.axis for digit in dim]
-    return axes[0] if len(axes) == 1 else f"({' '.join(axes)})"
+    return axes[0] if len(axes) == 1 else f"({' '.join(axes)})" if axes else "1"
 
 
 def _spec(spec: Spec) -> str:
@@ -292,9 +294,14 @@ def print_plan(plan: Plan, console: Console, *, ocdbt: bool) -> None:
 
 
 def _plan_row(leaf: Leaf, count: int) -> tuple[str, ...]:
+    if count == 1 and "{}" in leaf.template:  # a user's own model, whose layers are like no others
+        leaf = replace(leaf, template=leaf.name)
+    sources = [template(part.source) for part in leaf.parts]
+    if "{}" in leaf.template:
+        sources = [re.sub(r"(?<=\.)[0-9]+(?=\.)", "{}", source) for source in sources]
     return (
         leaf.template + (f" x {count}" if count > 1 else ""),
-        "\n".join(template(part.source) for part in leaf.parts),
+        "\n".join(sources),
         "\n".join(f"{dims(part.source)} -> {dims(part.target)}" for part in leaf.parts),
         _shape(leaf.shape),
         leaf.dtype,

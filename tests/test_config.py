@@ -22,6 +22,7 @@ from shardconv.toml import toml_value
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = ("llama8b", "llama70b", "llama405b", "mistral7b", "qwen3_32b")
+OWN = "dinov3_vits16"
 LEAST = '[source]\npath = "in"\n[target]\nlayout = "flat"\n[output]\npath = "out"\n'
 
 
@@ -67,8 +68,16 @@ def test_the_config_in_the_readme_loads_and_says_all_that_is_needed(here: Path) 
     assert (config.source, config.mesh, config.output) == (shipped.source, shipped.mesh, shipped.output)
 
 
+def test_the_config_for_a_model_of_your_own_is_complete_too() -> None:
+    path = CONFIGS / f"{OWN}.toml"
+    config = load_config(str(path))
+    assert (config.target.layout, config.target.mapping) == ("examples.dinov3_nnx:make_model", "examples/dinov3_nnx.toml")
+    sections = "\n".join(section_toml(section, getattr(config, section), comments=True) for section in Config.model_fields)
+    assert path.read_text().partition("\n\n")[2] == sections
+
+
 def test_there_are_no_other_configs() -> None:
-    assert sorted(path.stem for path in CONFIGS.iterdir()) == sorted(SHIPPED)
+    assert sorted(path.stem for path in CONFIGS.iterdir()) == sorted((*SHIPPED, OWN))
 
 
 def test_the_mesh_keeps_its_order_and_rules_are_tuples(here: Path) -> None:
@@ -85,6 +94,7 @@ def test_defaults(here: Path) -> None:
         "model": {"family": "auto", "ignore": []},
         "target": {
             "layout": "flat",
+            "mapping": "auto",
             "scan_layers": True,
             "dtype": "source",
             "query_dtype": "same",
@@ -248,7 +258,7 @@ def test_all_mistakes_come_in_one_report(here: Path) -> None:
         '  c.toml: [target] has no key "item"\n'
         "      it belongs under [output]\n"
         '  c.toml: [target] has no key "zzz"\n'
-        "      its keys are layout, scan_layers, dtype, query_dtype, rope, vocab_size\n"
+        "      its keys are layout, mapping, scan_layers, dtype, query_dtype, rope, vocab_size\n"
         '  c.toml: [output] path = "" (a string), expected a path, in quotes\n'
         '  c.toml: [output] step = -1 (an integer), expected a whole number, 0 or more, or "none"\n'
         '  c.toml: [output] item = "a/b" (a string), expected a directory name, or "none"\n'
@@ -280,7 +290,7 @@ def test_an_empty_config_misses_keys_and_not_sections(here: Path) -> None:
         "  c.toml: [source] path is missing\n"
         "      path: A directory of .safetensors or .bin files, one such file, or an index; relative to where the program starts.\n"
         "  c.toml: [target] layout is missing\n"
-        "      layout: Whose names and shapes to write: one that `shardconv layouts` lists.\n"
+        "      layout: Whose names and shapes to write: one that `shardconv layouts` lists, or your own model, \"module:make_model\".\n"
         "  c.toml: [output] path is missing\n"
         "      path: The checkpoint's directory; unfinished work is kept beside it, in PATH.shardconv/."
     )

@@ -25,15 +25,13 @@ from test_floors import ROOT  # noqa: E402
 from torch_models import ResNet, UNet, shaken  # noqa: E402
 
 import shardconv  # noqa: E402
+from shardconv.config import RunOptions, load_config  # noqa: E402
+from shardconv.conversion import run  # noqa: E402
 
 EXAMPLES = ROOT / "examples"
-sys.path.append(str(EXAMPLES))
+sys.path.append(str(ROOT))
 
-import dinov3_equinox  # noqa: E402
-import dinov3_nnx  # noqa: E402
-import dinov3_rope  # noqa: E402
-import resnet  # noqa: E402
-import unet  # noqa: E402
+from examples import dinov3_equinox, dinov3_nnx, dinov3_rope, resnet, unet  # noqa: E402
 
 FACTOR = 4.0
 QUICK = {"xla_backend_optimization_level": 0}  # XLA takes longer over these models than they run
@@ -197,6 +195,32 @@ def test_dinov3(library: str, layers: int, tmp_path: Path) -> None:
     if library == "equinox":
         swapped = eqx.tree_at(lambda model: (model.blocks[0].query.weight, model.blocks[0].key.weight), model, replace_fn=lambda w: w.T)
         assert worst(tokens(library, swapped, x, masked), expected, noise)["1"] > 100 * FACTOR
+
+
+def leaves_of(model: Any) -> list[Any]:
+    return jax.tree.leaves(nnx.state(model) if isinstance(model, nnx.Module) else eqx.filter(model, eqx.is_array))
+
+
+@pytest.mark.parametrize("names", ["Hugging Face", "Meta"])
+@pytest.mark.parametrize("library", ["nnx", "equinox"])
+def test_the_config_for_dinov3(library: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run writes is, bit for bit, what `convert_module` gives, whose features the test above compares."""
+    monkeypatch.chdir(ROOT)
+    module, sizes = hugging_face(12)
+    mapping = EXAMPLES / f"dinov3_{library}{'' if names == 'Hugging Face' else '_meta'}.toml"
+    if names == "Meta":
+        torch.save(meta_names(module.state_dict()), tmp_path / "dinov3_vits16.pth")
+    else:
+        module.save_pretrained(tmp_path)
+    here = {"source.path": tmp_path, "output.path": tmp_path / "out", "workers.executor": "local", "workers.count": 1}
+    chosen = {**here, "target.layout": f"examples.dinov3_{library}:make_model", "target.mapping": mapping.relative_to(ROOT)}
+    config = load_config("configs/dinov3_vits16.toml", [f"{key}={value}" for key, value in chosen.items()])
+    report = run(config, RunOptions(restart=False, overwrite=False, verbosity=-1, json_logs=False))
+    expected = shardconv.convert_module(tmp_path, model_of(library, sizes), mapping)
+    found = shardconv.load_module(tmp_path / "out", model_of(library, sizes))
+    assert report["check"]["equal"] and report["read_amplification"] < 1.01  # masks are read for each part
+    assert len(leaves_of(found)) > 200
+    assert all(np.array_equal(a, b) for a, b in zip(leaves_of(found), leaves_of(expected), strict=True))
 
 
 TOKENS = ("class_token", "registers", "mask_token")  # they have other shapes, and the scales names that say something else

@@ -44,12 +44,8 @@ def convert_module(source: Any, model: Any, mapping: Any = None, *, ignore: Sequ
     >>> convert_module(state, params, {"Dense_0": "fc"})["params"]["Dense_0"]["kernel"].shape
     (3, 4)
     """
-    weights, tree = weights_of(source), _opened(model)
-    if mapping is None:
-        found = _certain(weights, tree, _proposed(weights, tree, ignore, agrees), ignore)
-    else:
-        plan = read_mapping(mapping, list(tree.leaves))
-        found = resolved(replace(plan, ignore=(*plan.ignore, *ignore)), weights, tree)
+    weights, tree = weights_of(source), opened_model(model)
+    found = fitted(weights, tree, mapping, ignore, agrees)
     if found.problems:
         raise InputError(UNFIT, found.problems)
     arrays = _landed(found.moves, weights, tree)
@@ -66,11 +62,21 @@ def propose_mapping(source: Any, model: Any, *, ignore: Sequence[str] = (), agre
     >>> print(propose_mapping(state, {"params": {"Dense_0": {"kernel": np.zeros((3, 4), np.float32)}}}).splitlines()[-1])
     "Dense_0.kernel" = "fc.weight: o i -> i o"
     """
-    weights, tree = weights_of(source), _opened(model)
+    weights, tree = weights_of(source), opened_model(model)
     return _proposed(weights, tree, ignore, agrees).text(tree, ignore)
 
 
-def _opened(model: Any) -> Tree:
+def fitted(weights: Weights, tree: Tree, mapping: Any, ignore: Sequence[str], agrees: Agrees | None) -> Resolved:
+    """The moves of a mapping, or of what is proposed where there is none, with every problem there is; raises ConfigError for a mapping
+    that cannot be read."""
+    if mapping is None:
+        return _certain(weights, tree, _proposed(weights, tree, ignore, agrees), ignore)
+    plan = read_mapping(mapping, list(tree.leaves))
+    return resolved(replace(plan, ignore=(*plan.ignore, *ignore)), weights, tree)
+
+
+def opened_model(model: Any) -> Tree:
+    """A model's arrays by name; ConfigError where two have one name."""
     try:
         return opened(model)
     except ValueError as error:

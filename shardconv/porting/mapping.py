@@ -18,9 +18,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
+from shardconv.coverage import rule_of
 from shardconv.errors import ConfigError, Problem
 from shardconv.porting.moves import HOLE, Move, read_move
 from shardconv.toml import read_toml, toml_value
@@ -130,8 +130,8 @@ def place_of(pairs: Sequence[Pair], layer: str) -> tuple[Pair, str] | None:
 
 
 def matched(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name is one of the patterns, in which `*` is any text."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a name is one of the patterns, in which `*` is any text and `{}` any number."""
+    return bool(rule_of(name, patterns))
 
 
 def _file(path: str) -> tuple[Sequence[str], object]:

@@ -5,15 +5,14 @@ rule gives its tensors to the arrays of the same names and shapes. In the end ev
 ignored, or the same memory as one that is used.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from shardconv.boxes import slices, whole
+from shardconv.boxes import Box, slices, whole
 from shardconv.errors import Problem
 from shardconv.porting import equinox, linen, nnx
 from shardconv.porting.folding import ELEMENTWISE, Call, Expression, computed, names, parsed, renamed
@@ -27,7 +26,6 @@ from shardconv.porting.sources import Weights
 from shardconv.porting.trees import Tree
 from shardconv.route import pieces
 
-Array = npt.NDArray[Any]
 TABLES = {"linen": linen.TABLE, "nnx": nnx.TABLE, "equinox": equinox.TABLE}
 
 
@@ -175,16 +173,16 @@ def coverage_problems(moves: Sequence[Bound], zeros: set[str], plan: Plan, weigh
     masks = mask_problems(moves, weights)
     found += [Problem(f"{key}: {fact}", "load the whole checkpoint") for key, fact in masks.items()]
     broken = {name for key in masks for name in names(parsed(key))}
-    used = places_used(moves, weights)
-    for name, tensor in weights.tensors.items():
+    left = elements_left([move for move in moves if not broken & read_by(move)], weights)
+    used = {name for move in moves for name in read_by(move)}
+    for name, shape in weights.shapes.items():
         used_elsewhere = any(other in used for other in weights.tied.get(name, ()))
         if matched(name, plan.ignore) or used_elsewhere or _is_unused(name, used) or name in broken:
             continue
-        left = tensor.size - int(used[name].sum()) if name in used else tensor.size
         if name not in used:
-            found.append(Problem(f"{name} {shown(tensor.shape)} goes nowhere", f'map it, or ignore = ["{name}"]'))
-        elif left and name not in zeros:
-            found.append(Problem(f"{name}: {left} of its {tensor.size} elements go nowhere", "map all its parts"))
+            found.append(Problem(f"{name} {shown(shape)} goes nowhere", f'map it, or ignore = ["{name}"]'))
+        elif left[name] and name not in zeros:
+            found.append(Problem(f"{name}: {left[name]} of its {math.prod(shape)} elements go nowhere", "map all its parts"))
     return found
 
 
@@ -209,29 +207,34 @@ def mask_problems(moves: Sequence[Bound], weights: Weights) -> dict[str, str]:
     return found
 
 
-def places_used(moves: Sequence[Bound], weights: Weights) -> dict[str, Array]:
-    """Of each tensor that is read, which elements are; what a mask takes away counts as read, since nothing is lost with it."""
-    used: dict[str, Array] = {}
+def elements_left(moves: Sequence[Bound], weights: Weights) -> dict[str, int]:
+    """Of each tensor that is read, how many elements are not; what a mask takes away counts as read, since nothing is lost with it."""
+    read: dict[str, list[tuple[Expression, Box]]] = {}
     for move in moves:
-        for name in read_by(move):
-            used.setdefault(name, np.zeros(weights.shapes[name], bool))
         for _, index in move.target.keys():
             for piece in pieces(move.target, move.source, index, whole(move.target.shape)):
                 expression = parsed(piece.key)
+                alike = not isinstance(expression, Call) or expression.function in ELEMENTWISE
                 for name in names(expression):
-                    alike = not isinstance(expression, Call) or expression.function in ELEMENTWISE
-                    used[name][slices(piece.box) if alike and used[name].shape == move.source.shape else ...] = True
-                if isinstance(expression, Call) and expression.function == "masked":
-                    away = computed(expression.arguments[1], weights.tensors, ()) == 0
-                    for name in names(expression):
-                        used[name] |= away
-    return used
+                    same = alike and weights.shapes[name] == move.source.shape
+                    read.setdefault(name, []).append((expression, piece.box if same else whole(weights.shapes[name])))
+    return {name: _left(name, boxes, weights) for name, boxes in read.items()}
 
 
-def _is_unused(name: str, amounts: Mapping[str, Any]) -> bool:
+def _left(name: str, boxes: Iterable[tuple[Expression, Box]], weights: Weights) -> int:
+    """The elements of a tensor that are in none of the boxes; one tensor at a time, so that no more is held."""
+    left = np.ones(weights.shapes[name], bool)
+    for expression, box in boxes:
+        left[slices(box)] = False
+        if isinstance(expression, Call) and expression.function == "masked":
+            left &= computed(expression.arguments[1], weights.tensors, ()) != 0
+    return int(left.sum())
+
+
+def _is_unused(name: str, used: Collection[str]) -> bool:
     """Whether a tensor is one that no JAX layer needs: a count beside running statistics that are used."""
     layer, _, inner = name.rpartition(".")
-    return inner == "num_batches_tracked" and f"{layer}.running_mean".removeprefix(".") in amounts
+    return inner == "num_batches_tracked" and f"{layer}.running_mean".removeprefix(".") in used
 
 
 def _without(layer: Layer, used: set[str]) -> Layer:

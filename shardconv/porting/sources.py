@@ -6,7 +6,7 @@ Files are those that a conversion reads, safetensors and PyTorch's own, and are 
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shardconv.boxes import whole
-from shardconv.dtypes import dtype_of_code
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.formats.reading import Reader
 from shardconv.interop.arrays import numpy_of
-from shardconv.source import open_source
+from shardconv.source import Source, open_source
 
 Array = npt.NDArray[Any]
 
@@ -36,8 +34,27 @@ class Weights:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors' shapes."""
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        """The tensors' shapes, for which no tensor is read."""
+        stored = self.tensors.stored if isinstance(self.tensors, Files) else self.tensors
+        return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+
+
+class Files(Mapping[str, Array]):
+    """The tensors of a checkpoint's files, each of which is read whenever it is asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self.stored = source.tensors
+        self._root = source.root
+
+    def __getitem__(self, name: str) -> Array:
+        with Reader(self._root, coalesce_gap=0) as reader:
+            return reader.whole(self.stored[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
 
 def weights_of(source: Any) -> Weights:
@@ -49,7 +66,7 @@ def weights_of(source: Any) -> Weights:
     {'fc.weight': (4, 3)}
     """
     if isinstance(source, str | os.PathLike):
-        return _stored(source)
+        return weights_in(open_source(source))
     torch = sys.modules.get("torch")
     kinds: dict[str, tuple[str, ...]] = {}
     epsilons: dict[str, float] = {}
@@ -76,17 +93,12 @@ def weights_of(source: Any) -> Weights:
     return Weights(tensors, kinds, _tied(places.values()), epsilons)
 
 
-def _stored(path: str | os.PathLike[str]) -> Weights:
-    """All tensors of a checkpoint's files."""
-    source = open_source(path)
-    tensors: dict[str, Array] = {}
+def weights_in(source: Source) -> Weights:
+    """All tensors of a checkpoint's files; of its modules nothing is known."""
     places: dict[object, list[str]] = {}
-    with Reader(source.root, coalesce_gap=0) as reader:
-        for name, tensor in source.tensors.items():
-            tensors[name] = out = np.empty(tensor.shape, dtype_of_code(tensor.dtype).numpy)
-            reader.read(tensor, whole(tensor.shape), out)
-            places.setdefault((tensor.file, tensor.offset, tensor.nbytes) if tensor.nbytes else name, []).append(name)
-    return Weights(tensors, {}, _tied(places.values()), {})
+    for name, tensor in source.tensors.items():
+        places.setdefault((tensor.file, tensor.offset, tensor.nbytes) if tensor.nbytes else name, []).append(name)
+    return Weights(Files(source), {}, _tied(places.values()), {})
 
 
 def _tied(places: Iterable[Sequence[str]]) -> dict[str, tuple[str, ...]]:

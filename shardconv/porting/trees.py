@@ -29,11 +29,12 @@ COLLECTIONS = {"params", "batch_stats"}
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array of the model: all that is known before it is filled."""
+    """An array of the model: all that is known before it is filled. `path` is where it is in a checkpoint, as nested dicts have it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     sharding: Any
+    path: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ def opened(model: Any) -> Tree:
 def _plain(model: Any, library: str, name: Callable[[Any], str]) -> Tree:
     paths, structure = jax.tree_util.tree_flatten_with_path(model)
     names = _scales_named([name(path) if _is_array(leaf) else None for path, leaf in paths])
-    leaves = _named((name, leaf) for name, (_, leaf) in zip(names, paths, strict=True) if name is not None)
+    split = library == "equinox"  # whose states have no names in the tree
+    where = [tuple((name or "").split(".")) if split else _keys(_unboxed(path)) for name, (path, _) in zip(names, paths, strict=True)]
+    leaves = _named((name, at, leaf) for name, at, (_, leaf) in zip(names, where, paths, strict=True) if name is not None)
 
     def rebuilt(arrays: Mapping[str, Array]) -> Any:
         values = [
@@ -135,7 +138,7 @@ def _nnx(nnx: ModuleType, model: Any) -> Tree:
     state = nnx.state(model) if isinstance(model, nnx.Module) else model
     kept = (nnx.RngState, nnx.Cache, nnx.Intermediate)
     flat = [(path, variable) for path, variable in nnx.to_flat_state(state) if not isinstance(variable, kept)]
-    leaves = _named((_dotted(path), _value(variable)) for path, variable in flat)
+    leaves = _named((_dotted(path), tuple(map(str, path)), _value(variable)) for path, variable in flat)
     classes = {}
     if isinstance(model, nnx.Module):
         classes = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
@@ -196,14 +199,14 @@ def _value(variable: Any) -> Any:
     return variable.get_value() if hasattr(variable, "get_value") else variable
 
 
-def _named(leaves: Iterable[tuple[str, Any]]) -> dict[str, Leaf]:
+def _named(leaves: Iterable[tuple[str, tuple[str, ...], Any]]) -> dict[str, Leaf]:
     found: dict[str, Leaf] = {}
-    for name, leaf in leaves:
+    for name, path, leaf in leaves:
         if name in found:
             raise ValueError(f"two arrays of the model are called {name}")
         sharding = getattr(leaf, "sharding", None)
         several = sharding is not None and len(getattr(sharding, "device_set", ())) > 1
-        found[name] = Leaf(tuple(leaf.shape), np.dtype(leaf.dtype), sharding if several else None)
+        found[name] = Leaf(tuple(leaf.shape), np.dtype(leaf.dtype), sharding if several else None, path)
     return found
 
 
@@ -217,15 +220,23 @@ def _has_modules(equinox: ModuleType, model: Any) -> bool:
 
 
 def _without_collection(path: Any) -> str:
-    keys = list(path[1:])
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey):  # the box of nn.with_partitioning
-        keys = keys[:-1]
-    return _joined(keys)
+    return _joined(_unboxed(path[1:]))
+
+
+def _unboxed(path: Any) -> Any:
+    """A path without the box of nn.with_partitioning, whose attribute the array is."""
+    boxed = len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and isinstance(path[-2], jax.tree_util.DictKey)
+    return path[:-1] if boxed else path
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+    """The keys of a path as text."""
+    return tuple(next(str(getattr(key, kind)) for kind in ("key", "name", "idx") if hasattr(key, kind)) for key in path)
 
 
 def _joined(path: Iterable[Any]) -> str:
     """A path of JAX's keys as a dotted name; a state that is still inside its model is named as one beside it."""
-    parts = [next(str(getattr(key, kind)) for kind in ("key", "name", "idx") if hasattr(key, kind)) for key in path]
+    parts = _keys(path)
     found = []
     for place, part in enumerate(parts):
         if not (part == "init" and place and parts[place - 1].endswith(("_index", "batch_counter"))):

@@ -5,9 +5,12 @@ converter: faults of reading, moving, rounding and writing are caught. A wrong t
 verdict says so.
 """
 
+import keyword
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
-from shardconv.axes import Dim
+from shardconv.axes import Address, Dim
 from shardconv.plan import Part, Plan
 from shardconv.verify.statement import Number, Origin, Reference
 
@@ -26,7 +29,9 @@ def references(plan: Plan) -> tuple[list[Reference], list[str]]:
 
 
 def _origin(part: Part) -> Origin | None:
-    source, target = part.source, part.target
+    spelt = {axis: _spelt(axis, number) for number, axis in enumerate(part.source.sizes)}
+    source, target = _renamed(part.source, spelt), _renamed(part.target, spelt)
+    index = {spelt[axis]: at for axis, at in part.index.items()}
     numbers = []
     for hole in source.holes:
         if hole.labels:
@@ -34,8 +39,8 @@ def _origin(part: Part) -> Origin | None:
         start, steps = hole.start, []
         for place, digit in enumerate(hole.dim):
             step = math.prod(other.radix for other in hole.dim[place + 1 :])
-            start += step * (digit.offset + part.index.get(digit.axis, 0))
-            steps += [(digit.axis, step)] * (digit.axis not in part.index)
+            start += step * (digit.offset + index.get(digit.axis, 0))
+            steps += [(digit.axis, step)] * (digit.axis not in index)
         numbers.append(Number(start, tuple(steps)))
     stacked = {axis for number in numbers for axis, _ in number.steps}
     left, right = (" ".join(_words([digit.axis for digit in dim]) for dim in address.dims) for address in (source, target))
@@ -46,6 +51,22 @@ def _origin(part: Part) -> Origin | None:
     sizes = {digit.axis: digit.size for address in (source, target) for dim in address.dims for digit in dim}
     take, put = (tuple(_side(dim) for dim in address.dims) for address in (source, target))
     return Origin(source.name, tuple(numbers), left, right, sizes | source.named, take, put, part.rule.scale, part.rule.shift)
+
+
+def _spelt(axis: str, number: int) -> str:
+    """An axis as einops may have it, which refuses Python's words: people write `out in -> in out`.
+
+    >>> _spelt("embed", 0), _spelt("in", 1)
+    ('embed', 'axis1')
+    """
+    return axis if axis.isidentifier() and not keyword.iskeyword(axis) and axis.strip("_") == axis else f"axis{number}"
+
+
+def _renamed(address: Address, names: Mapping[str, str]) -> Address:
+    """The address with other names for its axes."""
+    dims = tuple(tuple(replace(digit, axis=names[digit.axis]) for digit in dim) for dim in address.dims)
+    holes = tuple(replace(hole, dim=tuple(replace(digit, axis=names[digit.axis]) for digit in hole.dim)) for hole in address.holes)
+    return replace(address, holes=holes, dims=dims)
 
 
 def _words(names: list[str]) -> str:

@@ -147,9 +147,10 @@ class _Slice:
     def _tensors(self) -> Iterator[str]:
         """Another tensor of the same shape in the place of the right one."""
         right = self.origin.key(self.index)
-        entries = self.tensors.entries
-        shape, dtype = entries[right].shape, entries[right].dtype
-        others = [key for key, entry in entries.items() if key != right and (entry.shape, entry.dtype) == (shape, dtype)]
+        if (entry := self.tensors.entries.get(right)) is None:
+            return  # it is computed: the fault may be in any of its inputs
+        kind = (entry.shape, entry.dtype)
+        others = [key for key, other in self.tensors.entries.items() if key != right and (other.shape, other.dtype) == kind]
         others.sort(key=lambda key: _distance(right, key))
         for other in others[:CANDIDATES]:
             plain = replace(self.origin, tensors=other, numbers=())

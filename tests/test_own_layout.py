@@ -1,0 +1,270 @@
+"""`[target] layout = "package.module:make_model"`: a conversion into a user's own model, by the same run, resume and check as any other.
+
+What `convert_module` gives for the same files is the oracle: it moves whole arrays in memory, and is itself held against torch.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("flax")
+pytest.importorskip("equinox")
+
+import equinox as eqx  # noqa: E402
+import jax  # noqa: E402
+import own_models  # noqa: E402
+from flax import nnx  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+import shardconv  # noqa: E402
+from shardconv.config import Config, RunOptions, load_config  # noqa: E402
+from shardconv.conversion import run  # noqa: E402
+from shardconv.errors import ConfigError, InputError, ShardconvError  # noqa: E402
+from shardconv.planning import plan_from_config  # noqa: E402
+from shardconv.porting.making import Asked, made_elsewhere, model_of  # noqa: E402
+from shardconv.source import open_source  # noqa: E402
+
+OPTIONS = RunOptions(restart=False, overwrite=False, verbosity=-1, json_logs=False)
+Json = dict[str, Any]
+
+
+def torch_state() -> dict[str, Any]:
+    """The state dict of a PyTorch model with the layers of `own_models`; its norm's statistics are not the first ones."""
+    torch.manual_seed(0)
+    layers = {
+        "conv": nn.Conv2d(3, 8, 3),
+        "norm": nn.BatchNorm2d(8),
+        "up": nn.ConvTranspose2d(8, 6, 2, groups=2),
+        "lstm": nn.LSTM(5, 4),
+        "fc": nn.Linear(48, 10),
+    }
+    layers["norm"](torch.randn(64, 8, 2, 2))
+    state = {f"{name}.{inner}": value for name, layer in layers.items() for inner, value in layer.state_dict().items()}
+    return {**state, "rope.0.inv_freq": torch.ones(3)}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory to be in, with a checkpoint and a mapping."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").mkdir()
+    save_file(torch_state(), tmp_path / "source" / "model.safetensors")
+    (tmp_path / "mapping.toml").write_text(own_models.MAPPING)
+    return tmp_path
+
+
+def config(layout: str, *overrides: str, mapping: str = "mapping.toml") -> Config:
+    Path("c.toml").write_text(
+        f'[source]\npath = "source"\n[target]\nlayout = "{layout}"\nmapping = "{mapping}"\n[output]\npath = "out"\n'
+        '[workers]\nexecutor = "local"\ncount = 1\nmemory_budget = "64MiB"\n'
+    )
+    return load_config("c.toml", overrides)
+
+
+def arrays(model: Any) -> list[np.ndarray[Any, Any]]:
+    if isinstance(model, nnx.Module):
+        model = nnx.state(model, nnx.Not(nnx.RngState))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array))]
+
+
+def same(one: Any, other: Any) -> bool:
+    pairs = list(zip(arrays(one), arrays(other), strict=True))
+    return len(pairs) > 5 and all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def converted(layout: str, *overrides: str) -> tuple[Json, Any, Any]:
+    """The report of a run, the model with what it wrote, and the model as `convert_module` fills it."""
+    report = run(config(layout, *overrides), OPTIONS)
+    loaded = shardconv.load_module("out", model_of(layout)[0])
+    return report, loaded, shardconv.convert_module("source", model_of(layout)[0], "mapping.toml")
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen", "equinox"])
+def test_a_run_writes_what_convert_module_gives(here: Path, name: str) -> None:
+    if name == "equinox":
+        (here / "mapping.toml").write_text(own_models.EQUINOX)
+    report, loaded, expected = converted(f"own_models:{name}_model")
+    assert same(loaded, expected)
+    assert report["check"]["equal"] and report["check"]["weights"]["whole"]
+    assert (report["family"], report["layout"]) == ("", f"own_models:{name}_model")
+    plan = plan_from_config(config(f"own_models:{name}_model"))
+    assert (report["bytes_read"], report["requests"]) == (plan.bytes_read, plan.requests)
+    inexact = {"nnx": {"cell.dense_h.bias"}, "equinox": {"cell.bias"}, "linen": {f"params.cell.h{gate}.bias" for gate in "ifgo"}}
+    assert {leaf.name for leaf in plan.leaves if not leaf.exact} == inexact[name]
+
+
+def test_numbers_are_rounded_once_where_another_dtype_is_asked_for(here: Path) -> None:
+    report, _, expected = converted("own_models:nnx_model", "target.dtype=bfloat16")
+    assert report["check"]["equal"]
+    stored = shardconv.load_module("out", jax.tree.map(lambda leaf: leaf, model_of("own_models:nnx_model")[0]))
+    rounded = [one.astype(jax.numpy.bfloat16).astype(np.float32) for one in arrays(expected)]
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(stored), rounded, strict=True))
+
+
+def test_what_a_mesh_writes_is_the_same(here: Path) -> None:
+    mesh = ("mesh.axes={x=2}", 'mesh.rules={o="x"}', "mesh.placement=mesh", "mesh.platform=cpu")
+    report, loaded, expected = converted("own_models:nnx_model", *mesh)
+    assert same(loaded, expected) and report["check"]["equal"]
+    spec = {leaf.name: leaf.spec for leaf in plan_from_config(config("own_models:nnx_model", *mesh)).leaves}
+    assert (spec["conv.kernel"], spec["norm.scale"]) == ((None, None, None, "x"), (None,))
+
+
+def test_damage_is_seen_in_what_is_computed_too(here: Path) -> None:
+    run(config("own_models:nnx_model", "check.mode=none", "output.ocdbt=false", "output.zarr=2"), OPTIONS)
+    from shardconv.checking import verify
+
+    chosen = config("own_models:nnx_model", "output.ocdbt=false", "output.zarr=2")
+    assert verify(chosen)["equal"]
+    state = torch_state()
+    state["lstm.bias_hh_l0"][3] += 1e-3  # the source is another one now, and what is there is not made of it
+    save_file(state, here / "source" / "model.safetensors")
+    found = verify(chosen)
+    assert not found["equal"] and "cell.dense_h.bias[3] is" in found["problems"][0]["fact"]
+
+
+def test_without_a_mapping_one_is_proposed_or_the_run_refused(here: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        plan_from_config(config("own_models:nnx_model", mapping="auto"))
+    assert "shardconv.propose_mapping gives a file to complete" in str(caught.value)
+    state = {name: value for name, value in torch_state().items() if name.startswith(("conv", "norm"))}
+    save_file(state, here / "source" / "model.safetensors")
+    (here / "small.py").write_text(
+        "import jax\nfrom flax import nnx\nfrom own_models import Net\n\n\nclass Small(nnx.Module):\n"
+        "    def __init__(self, rngs):\n        net = Net(rngs)\n        self.conv, self.norm = net.conv, net.norm\n\n\n"
+        "def make():\n    return Small(nnx.Rngs(0))\n"
+    )
+    assert run(config("small:make", mapping="auto"), OPTIONS)["check"]["equal"]
+
+
+def test_a_model_that_cannot_be_traced_is_made(here: Path) -> None:
+    save_file({"fc.weight": torch.arange(12.0).reshape(3, 4)}, here / "source" / "model.safetensors")
+    (here / "mapping.toml").write_text('[mapping]\n"fc.weight" = "fc.weight"\n')
+    plan = plan_from_config(config("own_models:untraceable"))
+    assert plan.notes[0].startswith("own_models:untraceable cannot be traced, so its arrays were made: TracerArrayConversionError: ")
+
+
+def refused(error: type[ShardconvError], chosen: Config) -> str:
+    with pytest.raises(error) as caught:
+        plan_from_config(chosen)
+    return str(caught.value)
+
+
+TITLE = "target.layout cannot be used (1 problem):\n  "
+
+
+WANTED = "\n      name a function that takes nothing and gives your model"
+NO_MODULE = "there is no module 'nowhere' in {here}, nor among the installed packages\n      "
+NO_NAME = "target.layout is 'own models:make'\n      "
+RAISED = "own_models:failing() raised OSError: the weights of the week are not here, at {models}:{line}"
+VARIABLES = "\n      give its variables: jax.eval_shape(model.init, jax.random.key(0), inputs)"
+NO_LAYOUTS = {
+    "nowhere:make": NO_MODULE + "run from the directory that it is in, or install its package",
+    "own_models:nowhere": "{models} has no 'nowhere'\n      it has: {names}",
+    "own models:make": NO_NAME + 'say a layout that `shardconv layouts` lists, or "package.module:make_model"',
+    "own_models:NOT_A_FUNCTION": f"own_models:NOT_A_FUNCTION is a int, not a function{WANTED}",
+    "own_models:failing": RAISED + WANTED,
+    "own_models:without_arrays": f"own_models:without_arrays() gave a Dense without arrays{VARIABLES}",
+}
+
+
+@pytest.mark.parametrize(("layout", "said"), NO_LAYOUTS.items())
+def test_a_layout_that_is_none(here: Path, layout: str, said: str) -> None:
+    models = Path(own_models.__file__)
+    lines = models.read_text().splitlines()
+    line = 1 + next(number for number, text in enumerate(lines) if "raise OSError" in text)
+    with pytest.raises(ConfigError) as caught:
+        made_elsewhere(Asked(layout, open_source("source"), None, ()))
+    found = str(caught.value)
+    names = found.partition("it has: ")[2]
+    assert found == TITLE + said.format(here=here, models=models, line=line, names=names)
+
+
+def test_a_model_that_ends_the_process_is_told_of(here: Path) -> None:
+    found = refused(ConfigError, config("own_models:dying"))
+    assert re.sub("pid [0-9]+", "pid N", found) == (
+        f"{TITLE}the process that made own_models:dying died: its process (pid N) exited with code 9; it said: out of luck"
+    )
+
+
+def test_a_mapping_that_does_not_fit_is_one_report_before_anything_is_written(here: Path) -> None:
+    (here / "mapping.toml").write_text(own_models.MAPPING.replace('"norm" = "norm"\n', "").replace("h=2, w=3", "h=2"))
+    assert refused(InputError, config("own_models:nnx_model")) == (
+        "the checkpoint does not fit the model (10 problems):\n"
+        "  fc.kernel = fc.weight: o (c h w) -> (h w c) o; h=2: no shape says how long c, w is: add `; c=..., w=...`; "
+        "fc.weight is (10, 48), fc.kernel is (48, 10)\n"
+        "  norm.bias (8): nothing fills it\n      map it, or make the model without it\n"
+        "  norm.mean (8): nothing fills it\n      map it, or make the model without it\n"
+        "  norm.scale (8): nothing fills it\n      map it, or make the model without it\n"
+        "  norm.var (8): nothing fills it\n      map it, or make the model without it\n"
+        '  norm.num_batches_tracked () goes nowhere\n      map it, or ignore = ["norm.num_batches_tracked"]\n'
+        '  norm.bias (8) goes nowhere\n      map it, or ignore = ["norm.bias"]\n'
+        '  norm.running_mean (8) goes nowhere\n      map it, or ignore = ["norm.running_mean"]\n'
+        '  norm.running_var (8) goes nowhere\n      map it, or ignore = ["norm.running_var"]\n'
+        '  norm.weight (8) goes nowhere\n      map it, or ignore = ["norm.weight"]'
+    )
+    assert sorted(path.name for path in here.iterdir()) == ["c.toml", "mapping.toml", "source"]
+
+
+def test_keys_that_are_for_other_layouts(here: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config("own_models:nnx_model", "target.rope=half", "target.vocab_size=7")
+    assert str(caught.value) == (
+        "the config is not valid (2 problems):\n"
+        '  --set target.vocab_size=7: [target] vocab_size = 7 does not go with layout = "own_models:nnx_model"\n'
+        "      leave it out: your model has its own number of rows\n"
+        '  --set target.rope=half: [target] rope = "half" does not go with layout = "own_models:nnx_model"\n'
+        "      leave it out: write the order of rotary dims into your mapping"
+    )
+    with pytest.raises(ConfigError, match=r'mapping = "mapping.toml" does not go with layout = "flat"'):
+        config("flat")
+
+
+def test_memory_for_what_is_computed_is_counted(here: Path) -> None:
+    plan = plan_from_config(config("own_models:nnx_model"))
+    largest = max(tensor.peak_bytes for tensor in plan.computed.values())
+    assert largest > 0 and plan.peak_bytes > largest
+    found = refused(ConfigError, config("own_models:nnx_model", f"workers.memory_budget={largest + 100}"))
+    assert f"with {largest} for tensors that are computed, and a worker may take {largest + 100}" in found
+
+
+# save_module, load_module
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen", "equinox"])
+def test_a_model_is_saved_and_loaded(here: Path, name: str) -> None:
+    mapping = here / "mapping.toml"
+    if name == "equinox":
+        mapping.write_text(own_models.EQUINOX)
+    model = shardconv.convert_module("source", model_of(f"own_models:{name}_model")[0], mapping)
+    shardconv.save_module("saved", model)
+    assert same(shardconv.load_module("saved", model_of(f"own_models:{name}_model")[0]), model)
+    with pytest.raises(ConfigError, match=r"saved exists\n +choose another path, or say overwrite=True"):
+        shardconv.save_module("saved", model)
+    shardconv.save_module("saved", model, overwrite=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused(here: Path) -> None:
+    shardconv.save_module("saved", {"fc": {"kernel": np.ones((3, 4)), "bias": np.ones(4)}})
+    with pytest.raises(InputError) as caught:
+        shardconv.load_module("saved", {"fc": {"kernel": np.ones((4, 3)), "scale": np.ones(3)}})
+    assert str(caught.value) == (
+        "the checkpoint does not fit the model (3 problems):\n"
+        "  fc.kernel is (3, 4) in the checkpoint, and (4, 3) in the model\n"
+        "  fc.scale (3) is not in the checkpoint\n"
+        "  fc.bias (4) is in the checkpoint alone"
+    )
+    with pytest.raises(ConfigError, match=r"fc\.kernel is abstract\n +save what convert_module gave"):
+        shardconv.save_module("other", {"fc": {"kernel": jax.ShapeDtypeStruct((3, 4), "float32")}})
+
+
+def test_it_comes_back_where_the_model_has_it(here: Path) -> None:
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    shardconv.save_module("saved", {"kernel": np.arange(8.0, dtype=np.float32).reshape(4, 2)})
+    found = shardconv.load_module("saved", {"kernel": jax.ShapeDtypeStruct((4, 2), "float32", sharding=split)})["kernel"]
+    assert found.sharding == split and np.array_equal(found, np.arange(8.0).reshape(4, 2))
