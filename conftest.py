@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 NEEDS = {
+    "shardconv/interop/statistics.py": "torchax",
     "shardconv/interop/views.py": "torch",
     "tests/porting_layers.py": "equinox",
     "tests/porting_models.py": "equinox",

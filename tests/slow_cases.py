@@ -28,6 +28,8 @@ KEPT: Mapping[str, tuple[str, ...]] = {
     "test_forwards.py::test_torch_holds_no_weights_and_the_arrays_stay_where_they_are": ("True",),
     "test_interop.py::test_a_model_in_jax_is_within_the_noise_of_torch": ("llama", "resnet18", "gemma2"),
     "test_interop.py::test_sharded_weights_and_none_in_torch": ("mixtral",),
+    "test_interop_state.py::test_statistics_are_kept_as_torch_keeps_them": ("BatchNorm1d", "InstanceNorm2d"),
+    "test_interop_state.py::test_what_a_function_draws_comes_from_the_key": ("rand, half", "dropout"),
     "test_kills.py::test_runs_that_are_killed_each_in_another_way_end_in_the_same_checkpoint": (),
     "test_kills.py::test_a_driver_that_is_killed_while_checkpoints_change_places": (),
     "test_logits.py::test_a_converted_model_thinks_as_its_source": ("maxtext-True",),

@@ -67,7 +67,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "vit": ("ViTModel", VIT, {"pixel_values": IMAGES}),
     "dinov3": ("DINOv3ViTModel", VIT, {"pixel_values": IMAGES}),
     "convnext": ("ConvNextModel", {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}, {"pixel_values": IMAGES}),
-    "resnet": (
+    "resnet18": (
         "ResNetModel",
         {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32], "embedding_size": 8, "layer_type": "basic"},
         {"pixel_values": IMAGES},

@@ -1,4 +1,4 @@
-"""torchax, kept to itself: loaded at the first use, with what its import changes put back, and the one operation added that it lacks.
+"""torchax, kept to itself: loaded at the first use, with what its import changes put back, and what it lacks added.
 
 Its import sets an option of JAX's clients, a telemetry variable and torch's attention fast path; all three are put back. It also names
 torch's private backend "jax", which cannot be undone. Nothing is enabled globally: an environment of our own is entered for each call.
@@ -42,7 +42,7 @@ def environment() -> Any:
     import torch
     from torchax.tensor import Environment, Tensor, View
 
-    from shardconv.interop import views
+    from shardconv.interop import statistics, views
     from shardconv.interop.experts import grouped_product
 
     class Tracing(Environment):
@@ -55,7 +55,9 @@ def environment() -> Any:
             return super().t2j_iso(torch.utils._pytree.tree_map_only(torch.Tensor, wrapped, values))
 
         def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-            """Runs one operation; views of wrapped tensors stay views."""
+            """Runs one operation; views of wrapped tensors stay views, and random numbers are JAX's on every device."""
+            if func in (torch.rand, torch.randn, torch.randint):
+                return self._handle_tensor_constructor(func, args, {**(kwargs or {}), "device": "jax"})
             if views.is_view(func) and args and isinstance(args[0], Tensor | View):
                 tensor, rest, options = args[0], args[1:], kwargs or {}
 
@@ -72,7 +74,11 @@ def environment() -> Any:
     def grouped(*args: Any, **options: Any) -> Any:
         return made.j2t_iso(grouped_product(*made.t2j_iso(args), **made.t2j_iso(options)))
 
+    def normed(*args: Any) -> Any:
+        return statistics.batch_norm(made, *args)
+
     made.override_op_definition(torch.ops.aten._grouped_mm, grouped)
+    made.override_op_definition(torch.ops.aten.native_batch_norm, normed, is_view_op=True)
     made.override_op_definition(torch.Tensor.__getitem__, lambda tensor, index: views.item(tensor, index, made), is_view_op=True)
     made.override_op_definition(torch.Tensor.contiguous, lambda tensor, **_: views.contiguous(tensor, made), is_view_op=True)
     made.override_op_definition(torch.ops.aten.copy_, lambda target, source, *_: views.copied(target, source, made), is_view_op=True)

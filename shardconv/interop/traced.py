@@ -7,8 +7,8 @@ The module is called with arrays in place of its parameters and buffers, so ever
 be jitted, differentiated and vmapped, on sharded arrays like on any others, and the module itself is neither read for weights nor changed.
 A module that is made under `weightless()` holds no weights at all.
 
-What the forward writes in place goes into copies: inputs and parameters stay as they are, and what it writes into buffers (running
-statistics in training) is dropped. `torch.no_grad` stops no gradient here; `detach` does.
+What the forward writes in place goes into copies: inputs and parameters stay as they are. What it writes into buffers, as batch norm does
+in training, comes back with `return_state_dict=True`, and is dropped otherwise. `torch.no_grad` stops no gradient here; `detach` does.
 """
 
 import contextlib
@@ -25,15 +25,16 @@ SHOWN = 5  # names that an error lists
 
 
 def torch_in_jax(module: Any) -> Callable[..., Any]:
-    """A torch.nn.Module as a function `(params, *inputs, rng=None, **options)` of jax.Arrays.
+    """A torch.nn.Module as a function `(params, *inputs, rng=None, return_state_dict=False, **options)` of jax.Arrays.
 
     `params` maps the names of `module.named_parameters()` to arrays of the same shapes, of any dtype and sharding. Of parameters that are
     tied, one name is enough, and the first counts. Buffers may be among them (a whole state_dict will do); those that are not keep the
     module's own values, and are constants of the trace. Results keep their structure, with mappings such as transformers' outputs as
-    dicts. `rng`, a `jax.random.key`, is for modules that draw random numbers, as dropout does in training.
+    dicts. `rng`, a `jax.random.key`, is for modules that draw random numbers, as dropout does in training. With `return_state_dict` the
+    result is a pair: what the module returns, and all of its state_dict as arrays, with what the call has written there.
 
     Raises ConfigError where torchax is missing; the function raises it where names or shapes do not fit the module, where random numbers
-    are drawn without `rng`, and where the module returns what is no array, such as a cache.
+    are drawn without `rng`, or by a generator of torch's own, and where the module returns what is no array, such as a cache.
 
     >>> import shardconv, torch  # doctest: +SKIP
     >>> layer = torch.nn.Linear(3, 2)  # doctest: +SKIP
@@ -43,14 +44,15 @@ def torch_in_jax(module: Any) -> Callable[..., Any]:
     """
     require_torchax()
 
-    def function(params: Mapping[str, Any], *inputs: Any, rng: Any = None, **options: Any) -> Any:
+    def function(params: Mapping[str, Any], *inputs: Any, rng: Any = None, return_state_dict: bool = False, **options: Any) -> Any:
         import torch
 
         state = _state(module, params)
 
         def call(*inputs: Any, **options: Any) -> Any:
             tensors = {name: _tensor(array) for name, array in state.items()}
-            return torch.func.functional_call(module, tensors, inputs, options)
+            found = torch.func.functional_call(module, tensors, inputs, options)
+            return (found, _by_every_name(module, tensors)) if return_state_dict else found
 
         return _called(call, inputs, options, rng)
 
@@ -60,7 +62,8 @@ def torch_in_jax(module: Any) -> Callable[..., Any]:
 def t2j(value: Any) -> Any:
     """A torch.Tensor as a jax.Array, a module or function of torch as a function of arrays.
 
-    A module's function takes its parameters as the keyword `state_dict`; left out, they are the module's own, as constants.
+    A module's function takes its parameters as the keyword `state_dict`; left out, they are the module's own, as constants. All other
+    keywords are those of `torch_in_jax`; `rng` is a function's too.
     """
     require_torchax()
     import torch
@@ -100,9 +103,9 @@ def weightless() -> Iterator[None]:
 def _with_state_dict(module: Any) -> Callable[..., Any]:
     traced = torch_in_jax(module)
 
-    def function(*inputs: Any, state_dict: Mapping[str, Any] | None = None, rng: Any = None, **options: Any) -> Any:
+    def function(*inputs: Any, state_dict: Mapping[str, Any] | None = None, **options: Any) -> Any:
         params = {name: constant(weight) for name, weight in module.named_parameters()} if state_dict is None else state_dict
-        return traced(params, *inputs, rng=rng, **options)
+        return traced(params, *inputs, **options)
 
     return function
 
@@ -123,6 +126,13 @@ def _state(module: Any, params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: params[name] if name in params else constant(known[name]) for name in names.values()}
 
 
+def _by_every_name(module: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The module's state_dict, of tensors that are known by one name each."""
+    known = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    found = {id(known[name]): tensor for name, tensor in tensors.items()}
+    return {name: found[id(known[name])] for name in module.state_dict() if name in known}
+
+
 def _listed(text: str, names: list[str]) -> str:
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return text.format(", ".join(names[:SHOWN]) + rest) if names else ""
@@ -131,13 +141,18 @@ def _listed(text: str, names: list[str]) -> str:
 def _called(function: Callable[..., Any], inputs: Any, options: Any, rng: Any) -> Any:
     """Calls a torch function with arrays as tensors, and gives its tensors as arrays."""
     import jax
+    import torch
 
     key = jax.random.key(0) if rng is None else rng
-    with entered() as environment, environment.override_property(prng=key):
+    with entered() as environment, environment.override_property(prng=key), torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
         found = function(*_tensors(inputs), **_tensors(options))
         if rng is None and environment.prng_key is not key:
             remedy = "call eval() on it first, or give rng=jax.random.key(...)"
             raise ConfigError("the module draws random numbers", [Problem("a pure function has none of its own", remedy)])
+        if not torch.equal(torch.get_rng_state(), before):
+            remedy = "draw them with torch.rand, randn or randint, or like one of the inputs: torch.rand_like(x)"
+            raise ConfigError("the module draws random numbers", [Problem("some come from a generator of torch's own", remedy)])
         return _arrays(found)
 
 
