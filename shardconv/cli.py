@@ -243,16 +243,22 @@ def layouts() -> None:
 @app.command()
 def init(
     hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="A directory with the model's config.json.")],
-    layout: Annotated[str, typer.Option(help="Whose names and shapes to write; `shardconv layouts` lists them.")],
+    layout: Annotated[str, typer.Option(help='Whose names and shapes to write: a name of `shardconv layouts`, or "module:make_model".')],
     output: Annotated[str | None, typer.Option(metavar="FILE", help="The config to write; named after HF_DIR if left out.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
 ) -> None:
-    """Write a complete, commented config from a checkpoint's own config.json."""
-    from shardconv.init import write_config
+    """Write a complete, commented config; for a model of your own, a mapping that is proposed too, from the weights' headers."""
+    from shardconv.init import write_config, write_own_config
+    from shardconv.porting.making import is_own
 
     path = output or f"{os.path.basename(os.path.abspath(hf_dir))}.toml"
-    write_config(hf_dir, layout, path, force)
-    typer.echo(f"wrote {path}; next: shardconv plan {path}")
+    if not is_own(layout):
+        write_config(hf_dir, layout, path, force)
+        typer.echo(f"wrote {path}; next: shardconv plan {path}")
+        return
+    mapping, found = write_own_config(hf_dir, layout, path, force)
+    state = f"to complete: {', '.join(found.todo)}" if found.todo else f"it settles all {found.arrays} arrays"
+    typer.echo(f"wrote {path} and {mapping}; {state}; next: shardconv plan {path}")
 
 
 @app.command()

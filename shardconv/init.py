@@ -4,11 +4,13 @@ Nothing but config.json is read, so it works before the weights have arrived. Ev
 has for it. What is chosen, rather than a default, follows from the model: the family from its architecture, the order of rotary pairs from
 the layout, and a mesh by size: as many devices as hold `PER_DEVICE` bytes of weights each, split over `embed` first (fsdp), and from 16
 devices on over experts, or where there are none over heads, mlp and vocab. A mesh axis never splits what it does not divide.
+
+For a model of the user's own the weights' headers are read too, and the mapping that is proposed is written beside the config, to be edited.
 """
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shardconv.config import PLACES, Config, section_toml
@@ -19,6 +21,8 @@ from shardconv.families import find
 from shardconv.family import LayoutOptions, Model, bind
 from shardconv.formats.strict_json import read_object
 from shardconv.layouts import LAYOUTS
+from shardconv.porting.making import Asked, Proposed, proposed_elsewhere
+from shardconv.source import open_source
 
 # Bytes of bfloat16 weights for one device. Training keeps about eight times that in weights, gradients and optimizer state: 40 GB,
 # which today's smallest training accelerators have. It is a starting point: the comment in the file says to set the real mesh.
@@ -27,6 +31,7 @@ PER_DEVICE = 5 * 10**9
 FEWEST_DEVICES = 8
 # Splitting heads and mlp further than over one host's devices pays in communication.
 MOST_TENSOR = 8
+RELATIVE = "# Relative paths are relative to the directory the program is started in. Set [mesh] to the mesh you train on.\n"
 # The axes of a layer that tensor parallelism splits.
 TENSOR_AXES = ("heads", "kv_heads", "mlp")
 
@@ -38,14 +43,43 @@ def write_config(hf_dir: str, layout: str, output: str, force: bool) -> str:
     be written.
     """
     text = config_text(read_hf_config(hf_dir), hf_dir, layout, output)
-    if os.path.lexists(output) and not force:
-        raise ConfigError("will not overwrite a config", [Problem(f"{output} exists", "choose another --output, or add --force")])
+    _require_free([output], force)
+    _write(output, text)
+    return text
+
+
+def _require_free(paths: Sequence[str], force: bool) -> None:
+    problems = [Problem(f"{path} exists", "choose another --output, or add --force") for path in paths if os.path.lexists(path)]
+    if problems and not force:
+        raise ConfigError("will not overwrite a config", problems)
+
+
+def _write(path: str, text: str) -> None:
     try:
-        Path(output).write_text(text, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         remedy = "give --output a file in a directory that is there and can be written"
-        raise ConfigError("cannot write the config", [Problem(f"{output}: {error.strerror}", remedy)]) from None
-    return text
+        raise ConfigError("cannot write the config", [Problem(f"{path}: {error.strerror}", remedy)]) from None
+
+
+def write_own_config(path: str, layout: str, output: str, force: bool) -> tuple[str, Proposed]:
+    """Write a config for the checkpoint at `path` and a model of the user's own to `output`, and a mapping beside it, whose path is given.
+
+    Raises InputError when the checkpoint cannot be read, ConfigError when there is no such model, or when a file exists and not `force`.
+    """
+    mapping = str(Path(output).with_suffix(".mapping.toml"))
+    _require_free([output, mapping], force)
+    found = proposed_elsewhere(Asked(layout, open_source(path), None, ()))
+    name = Path(os.path.abspath(path)).name
+    config = Config(
+        source=SourceSection(path=path),
+        target=TargetSection(layout=layout, mapping=mapping),
+        output=OutputSection(path=os.path.join("converted", name)),
+    )
+    heading = f"# {name} into {layout}, by {mapping}\n{RELATIVE}# `shardconv plan {output}` shows what this gives, and writes nothing.\n"
+    _write(output, f"{heading}\n{_body(config)}")
+    _write(mapping, found.text)
+    return mapping, found
 
 
 def read_hf_config(hf_dir: str) -> Mapping[str, object]:
@@ -75,8 +109,11 @@ def config_text(hf_config: Mapping[str, object], hf_dir: str, layout: str, outpu
         mesh=mesh_for(model),
         output=OutputSection(path=os.path.join("converted", name), step=step, item=item),
     )
-    body = "\n".join(section_toml(section, getattr(config, section), comments=True) for section in Config.model_fields)
-    return f"{_heading(name, model, output)}\n{body}"
+    return f"{_heading(name, model, output)}\n{_body(config)}"
+
+
+def _body(config: Config) -> str:
+    return "\n".join(section_toml(section, getattr(config, section), comments=True) for section in Config.model_fields)
 
 
 def parameters(model: Model) -> int:
@@ -122,6 +159,6 @@ def _heading(name: str, model: Model, output: str) -> str:
     return (
         f"# {name} ({said}): {count / 1e9:.1f} billion parameters, {2 * count / 1e9:.1f} GB in bfloat16\n"
         f"# {axes}\n"
-        f"# Relative paths are relative to the directory the program is started in. Set [mesh] to the mesh you train on.\n"
+        f"{RELATIVE}"
         f"# `shardconv plan {output}` shows what this gives, and writes nothing.\n"
     )

@@ -4,6 +4,7 @@ What `convert_module` gives for the same files is the oracle: it moves whole arr
 """
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ import own_models  # noqa: E402
 from flax import nnx  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 import shardconv  # noqa: E402
+from shardconv.cli import app  # noqa: E402
 from shardconv.config import Config, RunOptions, load_config  # noqa: E402
 from shardconv.conversion import run  # noqa: E402
 from shardconv.errors import ConfigError, InputError, ShardconvError  # noqa: E402
 from shardconv.planning import plan_from_config  # noqa: E402
 from shardconv.porting.making import Asked, made_elsewhere, model_of  # noqa: E402
 from shardconv.source import open_source  # noqa: E402
+from shardconv.toml import toml_value  # noqa: E402
 
 OPTIONS = RunOptions(restart=False, overwrite=False, verbosity=-1, json_logs=False)
 Json = dict[str, Any]
@@ -130,7 +134,12 @@ def test_damage_is_seen_in_what_is_computed_too(here: Path) -> None:
 def test_without_a_mapping_one_is_proposed_or_the_run_refused(here: Path) -> None:
     with pytest.raises(InputError) as caught:
         plan_from_config(config("own_models:nnx_model", mapping="auto"))
-    assert "shardconv.propose_mapping gives a file to complete" in str(caught.value)
+    assert str(caught.value) == (
+        "the checkpoint does not fit the model (2 problems):\n"
+        "  open: rope.0 (inv_freq (3)) fits nothing\n"
+        "  1 of 6 layers are open\n"
+        "      complete what shardconv.propose_mapping or `shardconv init` writes; or pass agrees=, a function that runs the model"
+    )
     state = {name: value for name, value in torch_state().items() if name.startswith(("conv", "norm"))}
     save_file(state, here / "source" / "model.safetensors")
     (here / "small.py").write_text(
@@ -139,6 +148,24 @@ def test_without_a_mapping_one_is_proposed_or_the_run_refused(here: Path) -> Non
         "def make():\n    return Small(nnx.Rngs(0))\n"
     )
     assert run(config("small:make", mapping="auto"), OPTIONS)["check"]["equal"]
+
+
+def test_init_writes_what_is_proposed_beside_the_config(here: Path) -> None:
+    said = CliRunner().invoke(app, ["init", "source", "--layout", "own_models:nnx_model"])
+    assert said.output == (
+        "wrote source.toml and source.mapping.toml; to complete: 1 line in doubt, 1 layer without a place; "
+        "next: shardconv plan source.toml\n"
+    )
+    written, left = load_config("source.toml"), tomllib.loads(Path("source.mapping.toml").read_text())["mapping"]
+    assert (written.source.path, written.target.layout, written.target.mapping) == ("source", "own_models:nnx_model", "source.mapping.toml")
+    by_hand = {"fc.kernel": "fc.weight: o (c h w) -> (h w c) o; h=2, w=3"}
+    lines = [f"{toml_value(name)} = {toml_value(value)}" for name, value in {**left, **by_hand}.items()]
+    Path("source.mapping.toml").write_text('ignore = ["rope.*"]\n[mapping]\n' + "\n".join(lines))
+    plans = plan_from_config(written), plan_from_config(config("own_models:nnx_model"))
+    chunks = [{leaf.name: (leaf.shape, leaf.dtype, leaf.parts[0].source) for leaf in plan.leaves} for plan in plans]
+    assert chunks[0] == chunks[1]
+    again = CliRunner().invoke(app, ["init", "source", "--layout", "own_models:nnx_model"])
+    assert again.exit_code == 2 and "source.toml exists" in again.output and "source.mapping.toml exists" in again.output
 
 
 def test_a_model_that_cannot_be_traced_is_made(here: Path) -> None:

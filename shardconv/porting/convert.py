@@ -35,7 +35,8 @@ def convert_module(source: Any, model: Any, mapping: Any = None, *, ignore: Sequ
     converted model whether it computes what PyTorch does, settles what names leave open. `ignore` are patterns of tensors that the model
     does not need.
 
-    Warns where an epsilon is another than PyTorch's, as far as both sides say theirs. Raises ConfigError where the mapping cannot be read,
+    Warns where an epsilon is another than PyTorch's, as far as both sides say theirs, and, without a mapping, where channels may be
+    flattened that the model has last. Raises ConfigError where the mapping cannot be read,
     InputError with everything that is missing, left over, open or of another shape; nothing of the model is changed then.
 
     >>> import numpy as np
@@ -63,14 +64,18 @@ def propose_mapping(source: Any, model: Any, *, ignore: Sequence[str] = (), agre
     "Dense_0.kernel" = "fc.weight: o i -> i o"
     """
     weights, tree = weights_of(source), opened_model(model)
-    return _proposed(weights, tree, ignore, agrees).text(tree, ignore)
+    return offered(weights, tree, ignore, agrees).text(tree, ignore)
 
 
 def fitted(weights: Weights, tree: Tree, mapping: Any, ignore: Sequence[str], agrees: Agrees | None) -> Resolved:
     """The moves of a mapping, or of what is proposed where there is none, with every problem there is; raises ConfigError for a mapping
     that cannot be read."""
     if mapping is None:
-        return _certain(weights, tree, _proposed(weights, tree, ignore, agrees), ignore)
+        proposal = offered(weights, tree, ignore, agrees)
+        found = _certain(weights, tree, proposal, ignore)
+        for name, suspect in proposal.suspects.items() if not found.problems else ():
+            warnings.warn(f"{name}: {suspect.said}", UserWarning, stacklevel=3)
+        return found
     plan = read_mapping(mapping, list(tree.leaves))
     return resolved(replace(plan, ignore=(*plan.ignore, *ignore)), weights, tree)
 
@@ -90,7 +95,9 @@ def _landed(moves: Sequence[Bound], weights: Weights, tree: Tree) -> Any:
         raise InputError(UNFIT, [Problem(str(error))]) from None
 
 
-def _proposed(weights: Weights, tree: Tree, ignore: Sequence[str], agrees: Agrees | None) -> Proposal:
+def offered(weights: Weights, tree: Tree, ignore: Sequence[str], agrees: Agrees | None) -> Proposal:
+    """What is proposed where there is no mapping."""
+
     def tried(moves: list[Bound]) -> bool:
         return agrees is not None and agrees(tree.copied(_landed(moves, weights, tree)))
 
@@ -109,11 +116,13 @@ def _certain(weights: Weights, tree: Tree, proposal: Proposal, ignore: Sequence[
     for one in proposal.open:
         told |= set(one.tensors)
         places = ", ".join(one.places[:SHOWN]) + (f" and {len(one.places) - SHOWN} more" if len(one.places) > SHOWN else "")
-        said = f"fits {places}" + (", and its name does not say which" if len(one.places) > 1 else "") if places else "fits nothing"
+        said = f"fits {places}" + (f", and {proposal.why}" if len(one.places) > 1 else "") if places else "fits nothing"
+        if one.turned:
+            said = f"fits {', '.join(one.turned[:SHOWN])} by its shapes, but is contracted along other axes than that is"
         found.problems.append(Problem(f"open: {described(one.layer, weights.shapes)} {said}"))
     problems = coverage_problems(found.moves, found.zeros, plan, weights, tree)
     found.problems += [problem for problem in problems if problem.fact.split()[0].rstrip(":") not in told]
     if proposal.open:
-        remedy = "shardconv.propose_mapping gives a file to complete; or pass agrees=, a function that runs the model"
+        remedy = "complete what shardconv.propose_mapping or `shardconv init` writes; or pass agrees=, a function that runs the model"
         found.problems.append(Problem(f"{len(proposal.open)} of {len(proposal.open) + len(proposal.choices)} layers are open", remedy))
     return found

@@ -10,6 +10,7 @@ What comes back are plain values, of which `shardconv.porting.planned` makes a p
 
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,15 @@ class Made:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """A mapping as a file to edit, of how many arrays, and what is to be done about it in words: nothing where it is complete."""
+
+    text: str
+    arrays: int
+    todo: tuple[str, ...]
+
+
 def is_own(layout: str) -> bool:
     """Whether a layout is a function of the user's, and none of ours.
 
@@ -74,11 +84,24 @@ def is_own(layout: str) -> bool:
 
 def made_elsewhere(asked: Asked) -> Made:
     """`made`, in a process of its own; raises what it raises, and ConfigError where the process dies."""
+    found = _elsewhere("made", asked)
+    assert isinstance(found, Made)
+    return found
+
+
+def proposed_elsewhere(asked: Asked) -> Proposed:
+    """`proposed`, in a process of its own; raises what it raises, and ConfigError where the process dies."""
+    found = _elsewhere("proposed", asked)
+    assert isinstance(found, Proposed)
+    return found
+
+
+def _elsewhere(function: str, asked: Asked) -> object:
     require_function(asked.layout, LAYOUT)
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
         child = Child("shardconv.run:answer", log.name, ENVIRONMENT, nice=0)
         try:
-            child.send(-1, f"{__name__}:made", asked)
+            child.send(-1, f"{__name__}:{function}", asked)
             found = child.receive()
         except ChildDied as death:
             raise ConfigError(TITLE, [Problem(f"the process that made {asked.layout} died: {death}")]) from None
@@ -86,7 +109,6 @@ def made_elsewhere(asked: Asked) -> Made:
             child.stop()
     if isinstance(found, Failed):
         raise found.report or ConfigError(TITLE, [Problem(found.error)])
-    assert isinstance(found, Made)
     return found
 
 
@@ -96,18 +118,39 @@ def made(asked: Asked) -> Made:
     Raises ConfigError where there is no such model or the mapping cannot be read, InputError with all that is missing, left over, open or
     of another shape.
     """
-    from shardconv.porting.convert import UNFIT, fitted, opened_model
+    from shardconv.porting.convert import UNFIT, fitted
     from shardconv.porting.sources import weights_in
 
-    model, notes = model_of(asked.layout)
-    tree, weights = opened_model(model), weights_in(asked.source)
-    if not tree.leaves:
-        raise ConfigError(TITLE, [Problem(f"{asked.layout}() gave a {type(model).__name__} without arrays", _without_arrays(model))])
-    found = fitted(weights, tree, asked.mapping, asked.ignore, None)
+    (tree, notes), weights = _opened(asked.layout), weights_in(asked.source)
+    with warnings.catch_warnings(record=True, action="always", category=UserWarning) as doubts:
+        found = fitted(weights, tree, asked.mapping, asked.ignore, None)
     if found.problems:
         raise InputError(UNFIT, found.problems)
     moves = tuple(dict.fromkeys(one.move for one in found.moves))
-    return Made(targets(tree), moves, notes)
+    return Made(targets(tree), moves, (*notes, *(str(doubt.message) for doubt in doubts)))
+
+
+def proposed(asked: Asked) -> Proposed:
+    """The mapping that is proposed for the user's model, in this process; raises ConfigError where there is no such model."""
+    from shardconv.porting.convert import offered
+    from shardconv.porting.sources import weights_in
+
+    tree, _ = _opened(asked.layout)
+    found = offered(weights_in(asked.source), tree, asked.ignore, None)
+    todo = {"array": (len(found.empty), "open"), "line": (len(found.suspects), "in doubt"), "layer": (len(found.open), "without a place")}
+    said = [f"{count} {what}{'' if count == 1 else 's'} {how}" for what, (count, how) in todo.items() if count]
+    return Proposed(found.text(tree, asked.ignore), len(tree.leaves), tuple(said))
+
+
+def _opened(layout: str) -> tuple["Tree", tuple[str, ...]]:
+    """The user's model, opened, and notes."""
+    from shardconv.porting.convert import opened_model
+
+    model, notes = model_of(layout)
+    tree = opened_model(model)
+    if not tree.leaves:
+        raise ConfigError(TITLE, [Problem(f"{layout}() gave a {type(model).__name__} without arrays", _without_arrays(model))])
+    return tree, notes
 
 
 def targets(tree: "Tree") -> dict[str, Target]:
