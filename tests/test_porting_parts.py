@@ -1,5 +1,6 @@
 """Parts of PyTorch's models as they are met: in modules that have several, in wrappers, and where a library has nothing like them."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -203,6 +204,18 @@ def test_bags_of_embeddings_are_embeddings() -> None:
     bag = nn.EmbeddingBag(5, 3)
     found = shardconv.convert_module(bag, nnx.eval_shape(lambda: nnx.Embed(5, 3, rngs=rngs())), SAME)
     assert np.array_equal(found.embedding[...], bag.weight.detach().numpy())
+
+
+def test_an_rms_norm_without_an_epsilon_has_that_of_its_dtype() -> None:
+    norm = nn.RMSNorm(3)
+    with pytest.warns(UserWarning, match="the model has epsilon 1e-06, the module has 1.19209e-07"):
+        shardconv.convert_module(norm, nnx.eval_shape(lambda: nnx.RMSNorm(3, rngs=rngs())), SAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for eps in (np.finfo(np.float32).eps, 1.1920929e-7):
+            model = nnx.eval_shape(lambda eps=eps: nnx.RMSNorm(3, epsilon=float(eps), rngs=rngs()))
+            found = shardconv.convert_module(norm, model, SAME)
+            assert abs(np.asarray(found(jnp.asarray(X) * 1e-4)) - of_torch(norm, X * np.float32(1e-4))).max() < CLOSE
 
 
 # What no library has

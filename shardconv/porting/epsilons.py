@@ -4,6 +4,7 @@ An epsilon is in no array, so a wrong one is loaded without an error; Flax's def
 do the modules of NNX and Equinox; of a state dict, and of Linen's variables, nothing is known and nothing is said.
 """
 
+import math
 from collections.abc import Mapping
 
 from shardconv.porting.sources import Weights
@@ -17,6 +18,6 @@ def other_epsilons(places: Mapping[str, str], weights: Weights, tree: Tree) -> l
         there = tree.classes.get(module)
         here = getattr(there, "epsilon", getattr(there, "eps", None))
         said = weights.epsilons.get(layer)
-        if isinstance(here, float) and said is not None and here != said:
-            found.append(f"{module} has epsilon {here:g}, {layer} has {said:g}")
+        if isinstance(here, float) and said is not None and not math.isclose(here, said, rel_tol=1e-6):  # one of the two may be of float32
+            found.append(f"{module or 'the model'} has epsilon {here:g}, {layer or 'the module'} has {said:g}")
     return found

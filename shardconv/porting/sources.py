@@ -72,7 +72,7 @@ def weights_of(source: Any) -> Weights:
     epsilons: dict[str, float] = {}
     if torch is not None and isinstance(source, torch.nn.Module):
         kinds = {name: _classes(torch, module) for name, module in source.named_modules()}
-        epsilons = {name: module.eps for name, module in source.named_modules() if isinstance(getattr(module, "eps", None), float)}
+        epsilons = {name: eps for name, module in source.named_modules() if (eps := _epsilon(torch, module)) is not None}
         source = source.state_dict()
     if not isinstance(source, Mapping):
         problem = Problem(f"this is {type(source).__name__}", "give one of these")
@@ -104,6 +104,14 @@ def weights_in(source: Source) -> Weights:
 def _tied(places: Iterable[Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """The names that share a place, each with the others."""
     return {name: tuple(other for other in names if other != name) for names in places if len(names) > 1 for name in names}
+
+
+def _epsilon(torch: Any, module: Any) -> float | None:
+    """A module's epsilon; of an RMSNorm that has none of its own, that of its dtype, which torch takes then."""
+    found = getattr(module, "eps", None)
+    if found is None and isinstance(module, torch.nn.RMSNorm) and module.weight is not None:
+        found = torch.finfo(module.weight.dtype).eps
+    return found if isinstance(found, float) else None
 
 
 def _classes(torch: Any, module: Any) -> tuple[str, ...]:
