@@ -5,10 +5,26 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from flax import linen, nnx
 
 WIDE, HEADS, TOKENS = 8, 2, 5
+KEY = jax.random.key(0)
+
+
+def shaken(module: Any) -> Any:
+    """A module with other numbers everywhere."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in module.parameters():
+            tensor.copy_(torch.randn_like(tensor) / 2)
+    return module.eval()
+
+
+def inputs(*shape: int) -> tuple[Any, Any]:
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return torch.from_numpy(x), jnp.asarray(x)
 
 
 class TorchBlock(torch.nn.Module):

@@ -13,18 +13,31 @@ pytest.importorskip("equinox")
 import equinox as eqx  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import torch_models  # noqa: E402
 from flax import linen, nnx  # noqa: E402
-from porting_flows import TOKENS, WIDE, EqxBlock, LinenBlocks, LinenScan, NnxBlock, TorchBlock  # noqa: E402
+from porting_flows import (  # noqa: E402
+    KEY,
+    TOKENS,
+    WIDE,
+    EqxBlock,
+    LinenBlocks,
+    LinenScan,
+    NnxBlock,
+    TorchBlock,
+    inputs,
+    shaken,
+)
+from test_porting_examples import resnet  # noqa: E402
 
 import shardconv  # noqa: E402
 from shardconv.errors import InputError  # noqa: E402
 from shardconv.porting.agreement import same_outputs  # noqa: E402
+from shardconv.porting.flow import Flow  # noqa: E402
 from shardconv.porting.matching import Proposal, proposed  # noqa: E402
 from shardconv.porting.sources import weights_of  # noqa: E402
 from shardconv.porting.trees import opened  # noqa: E402
 
 nn = torch.nn
-KEY = jax.random.key(0)
 Array = np.ndarray[Any, Any]
 
 
@@ -34,25 +47,11 @@ def exact() -> Iterator[None]:
         yield
 
 
-def shaken(module: Any) -> Any:
-    """A module with other numbers everywhere."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for tensor in module.parameters():
-            tensor.copy_(torch.randn_like(tensor) / 2)
-    return module.eval()
-
-
-def inputs(*shape: int) -> tuple[Any, Any]:
-    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    return torch.from_numpy(x), jnp.asarray(x)
-
-
 def by_flow(module: Any, x: Any, model: Any, call: Callable[[Any], Any]) -> Proposal:
     """What is proposed without running anything but to follow it."""
     tree = opened(model)
     flow = same_outputs(module, [x], call).flow(tree)
-    assert flow is not None
+    assert isinstance(flow, Flow)
     return proposed(weights_of(module), tree, flow=flow)
 
 
@@ -185,8 +184,13 @@ def test_a_chain_that_jax_cannot_trace_is_run() -> None:
         return y
 
     agrees = same_outputs(module, [x], in_numpy)
-    assert agrees.flow(opened(shapes)) is None
     assert agrees(shardconv.convert_module(module, shapes, agrees=agrees))
+    other = {name: 2.0 * tensor for name, tensor in module.state_dict().items()}
+    why = agrees.flow(opened(shapes))
+    assert isinstance(why, str) and why.startswith("TracerArrayConversionError: The numpy")
+    with pytest.raises(InputError) as caught:
+        shardconv.convert_module(other, shapes, agrees=agrees)
+    assert f"the call could not be followed: {why}\n      compute in it with jax.numpy alone" in str(caught.value)
 
 
 def test_flow_that_the_model_does_not_confirm_is_not_taken() -> None:
@@ -270,84 +274,40 @@ def test_a_transposed_convolutions_form_shows_in_what_is_contracted(turned: bool
     assert str(move.move).partition(":")[0] == ("0.weight" if turned else "flip(0.weight)")
 
 
-# A convolution's result, flattened
+# A whole model
 
 
-def flat_net(pooled: bool = False) -> Any:
-    parts = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
-    last = [nn.AdaptiveAvgPool2d(1)] if pooled else []
-    return shaken(nn.Sequential(*parts, *last, nn.Flatten(), nn.Linear(4 if pooled else 4 * 2 * 3, 5)))
+def test_a_resnet_without_any_names_is_settled_by_its_flow() -> None:
+    """As in the example, its modules called m0, m1, ... in no order: nearly all of its layers have a twin of the same shape."""
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch_models.shaken(torch_models.ResNet((2, 3, 1, 1), 8, 10))
 
+        def forward(self, x: Any) -> Any:
+            return self.net(x)["logits"]
 
-class LinenFlat(linen.Module):
-    turned: bool = False
+    x, y = inputs(1, 3, 32, 32)
+    net, last = resnet.ResNet((2, 3, 1, 1), 8, 10), jnp.moveaxis(y, 1, -1)
+    shapes = jax.eval_shape(net.init, KEY, last)
+    paths, structure = jax.tree.flatten_with_path(shapes)
+    modules = np.random.default_rng(0).permutation(sorted({jax.tree_util.keystr(path[1:-1]) for path, _ in paths}))
+    number = {str(module): f"m{place}" for place, module in enumerate(modules)}
+    where = [(path[0].key, number[jax.tree_util.keystr(path[1:-1])], path[-1].key) for path, _ in paths]
+    anonymous: dict[str, Any] = {"params": {}, "batch_stats": {}}
+    for (collection, module, name), (_, leaf) in zip(where, paths, strict=True):
+        anonymous[collection].setdefault(module, {})[name] = leaf
 
-    @linen.compact
-    def __call__(self, x: Any) -> Any:
-        x = linen.BatchNorm(use_running_average=True, epsilon=1e-5)(linen.Conv(4, (3, 3), padding="VALID")(x))
-        x = linen.max_pool(linen.relu(x), (2, 2), (2, 2))
-        return linen.Dense(5)((x.transpose(0, 3, 1, 2) if self.turned else x).reshape(len(x), -1))
+    forward = jax.jit(net.apply)
 
+    def call(variables: Any) -> Any:
+        leaves = [variables[collection][module][name] for collection, module, name in where]
+        return forward(jax.tree.unflatten(structure, leaves), last)["logits"]
 
-class NnxFlat(nnx.Module):
-    def __init__(self, turned: bool, rngs: Any) -> None:
-        self.turned = turned
-        self.conv = nnx.Conv(3, 4, (3, 3), padding="VALID", rngs=rngs)
-        self.norm = nnx.BatchNorm(4, use_running_average=True, epsilon=1e-5, rngs=rngs)
-        self.head = nnx.Linear(24, 5, rngs=rngs)
-
-    def __call__(self, x: Any) -> Any:
-        x = nnx.max_pool(nnx.relu(self.norm(self.conv(x))), (2, 2), (2, 2))
-        return self.head((x.transpose(0, 3, 1, 2) if self.turned else x).reshape(len(x), -1))
-
-
-class EqxFlat(eqx.Module):
-    conv: Any
-    norm: Any
-    pool: Any
-    head: Any
-
-    def __init__(self, key: Any) -> None:
-        self.conv = eqx.nn.Conv2d(3, 4, 3, key=key)
-        self.norm = eqx.nn.BatchNorm(4, "batch", mode="batch", inference=True)
-        self.pool = eqx.nn.MaxPool2d(2, 2)
-        self.head = eqx.nn.Linear(24, 5, key=key)
-
-    def __call__(self, x: Any, state: Any) -> Any:
-        return self.head(self.pool(jax.nn.relu(self.norm(self.conv(x), state)[0])).reshape(-1))
-
-
-def flat(library: str, turned: bool) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """A model, the torch module's input, and a call with the same."""
-    x, y = inputs(2, 3, 6, 8)
-    last = jnp.moveaxis(y, 1, -1)
-    if library == "linen":
-        net = LinenFlat(turned)
-        return jax.eval_shape(net.init, KEY, last), x, lambda variables: net.apply(variables, last)
-    if library == "nnx":
-        return nnx.eval_shape(lambda: NnxFlat(turned, nnx.Rngs(0))), x, lambda model: model(last)
-    both = eqx.filter_eval_shape(eqx.nn.make_with_state(EqxFlat), KEY)
-    return both, x, lambda pair: jax.vmap(lambda one: pair[0](one, pair[1]), axis_name="batch")(y)
-
-
-REORDERED = ": o (c h w) -> (h w c) o; h=2, w=3"
-
-
-@pytest.mark.parametrize(
-    ("library", "turned", "expected"),
-    [
-        ("linen", False, REORDERED),
-        ("linen", True, ": o i -> i o"),
-        ("nnx", False, REORDERED),
-        ("nnx", True, ": o i -> i o"),
-        ("equinox", False, ""),
-    ],
-)
-def test_what_is_flattened_is_put_in_the_order_in_which_the_model_flattens(library: str, turned: bool, expected: str) -> None:
-    model, x, call = flat(library, turned)
-    module = flat_net()
+    module = Logits()
     agrees = same_outputs(module, [x], call)
-    text = shardconv.propose_mapping(module, model, agrees=agrees)
-    (line,) = (line for line in text.splitlines() if "5.weight" in line)
-    assert line.endswith(f'= "5.weight{expected}"')
-    assert agrees(shardconv.convert_module(module, model, agrees=agrees))
+    tree = opened(anonymous)
+    assert len(proposed(weights_of(module), tree).open) > 20
+    found = by_flow(module, x, anonymous, call)
+    assert not found.open and len(found.places) == 53
+    assert agrees(shardconv.convert_module(module, anonymous, agrees=agrees))

@@ -118,7 +118,7 @@ the checkpoint does not fit the model (5 problems):
   Dense_1.kernel (4, 4): nothing fills it
       map it, or make the model without it
   2 of 3 layers are open
-      shardconv.propose_mapping gives a file to complete; or pass agrees=, a function that runs the model"""
+      complete what shardconv.propose_mapping or `shardconv init` writes; or pass agrees=, a function that runs the model"""
 
 
 def test_what_is_not_certain_is_refused_and_listed() -> None:

@@ -10,6 +10,7 @@
     mapping       what a user says of which part is which; `matching`, what is proposed where nobody does
     stacks        layers that a model keeps in one array
     uses          what a model does with its arrays, from one run: `torch_uses`, `jax_uses`; `flow`, what two runs have in common
+    flattening    where channels may be flattened in another order
     resolving     all of that made into moves, and everything that is wrong
     agreement     whether a converted model computes what PyTorch's does
     epsilons      a warning of what no array shows

@@ -39,15 +39,15 @@ class Agreement:
         found = np.asarray(self.call(model), np.float64)
         return found.shape == self.expected.shape and bool(abs(found - self.expected).max() <= self.bound)
 
-    def flow(self, tree: Tree) -> Flow | None:
-        """What both models do with their arrays; None where JAX cannot trace the call: one that computes with NumPy, say."""
+    def flow(self, tree: Tree) -> Flow | str:
+        """What both models do with their arrays; or why JAX cannot trace the call: one that computes with NumPy, say."""
         import torch
 
         numbers = [one.detach().cpu().double().numpy() for one in self.inputs if isinstance(one, torch.Tensor)]
         try:
             here = jax_uses(self.call, tree, numbers)
-        except Exception:  # noqa: BLE001  the user's code: what cannot be traced is run, as any other function
-            return None
+        except Exception as error:  # noqa: BLE001  the user's code: what cannot be traced is run, as any other function
+            return f"{type(error).__name__}: {str(error).partition('.')[0].splitlines()[0]}"
         return Flow(torch_uses(self.module, self.inputs), here)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.porting.agreement import Agreement
 from shardconv.porting.epsilons import other_epsilons
+from shardconv.porting.flow import Flow
 from shardconv.porting.folding import names
 from shardconv.porting.landing import landed
 from shardconv.porting.mapping import Plan, read_mapping
@@ -101,8 +102,9 @@ def offered(weights: Weights, tree: Tree, ignore: Sequence[str], agrees: Agrees 
     def tried(moves: list[Bound]) -> bool:
         return agrees is not None and agrees(tree.copied(_landed(moves, weights, tree)))
 
-    flow = agrees.flow(tree) if isinstance(agrees, Agreement) else None
-    return proposed(weights, tree, ignore, tried if agrees else None, flow)
+    flow = agrees.flow(tree) if isinstance(agrees, Agreement) else ""
+    found = proposed(weights, tree, ignore, tried if agrees else None, flow if isinstance(flow, Flow) else None)
+    return found if isinstance(flow, Flow) else replace(found, untraced=flow)
 
 
 def _certain(weights: Weights, tree: Tree, proposal: Proposal, ignore: Sequence[str]) -> Resolved:
@@ -122,6 +124,9 @@ def _certain(weights: Weights, tree: Tree, proposal: Proposal, ignore: Sequence[
         found.problems.append(Problem(f"open: {described(one.layer, weights.shapes)} {said}"))
     problems = coverage_problems(found.moves, found.zeros, plan, weights, tree)
     found.problems += [problem for problem in problems if problem.fact.split()[0].rstrip(":") not in told]
+    if proposal.open and proposal.untraced:
+        remedy = "compute in it with jax.numpy alone, and give jax.jit no compiler_options"
+        found.problems.append(Problem(f"the call could not be followed: {proposal.untraced}", remedy))
     if proposal.open:
         remedy = "complete what shardconv.propose_mapping or `shardconv init` writes; or pass agrees=, a function that runs the model"
         found.problems.append(Problem(f"{len(proposal.open)} of {len(proposal.open) + len(proposal.choices)} layers are open", remedy))

@@ -99,13 +99,17 @@ def read_mapping(mapping: Any, arrays: Sequence[str]) -> Plan:
 
 
 def written(moves: Sequence[Move], remarks: Mapping[str, Sequence[str]], ignore: Sequence[str]) -> str:
-    """A mapping as a TOML file; `remarks` are lines of comment for the arrays that have no move."""
+    """A mapping as a TOML file; `remarks` are lines of comment on arrays, with or without a move."""
     by_target: dict[str, list[str]] = {}
     for move in moves:
         by_target.setdefault(move.target, []).append(str(move))
     lines = [HEAD, f"ignore = {toml_value(list(ignore))}", "", "[mapping]"]
-    lines += [f"{toml_value(name)} = {toml_value(texts[0] if len(texts) == 1 else texts)}" for name, texts in by_target.items()]
+    for name, texts in by_target.items():
+        lines += [f"# {line}" for line in remarks.get(name, ())]
+        lines.append(f"{toml_value(name)} = {toml_value(texts[0] if len(texts) == 1 else texts)}")
     for name, said in remarks.items():
+        if name in by_target:
+            continue
         lines += ["", *(f"# {line}" for line in said), f'# {toml_value(name)} = ""']
     return "\n".join(lines) + "\n"
 

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from shardconv.porting.flattening import Suspect, suspects
 from shardconv.porting.flow import Flow, Members
 from shardconv.porting.folding import names
 from shardconv.porting.layers import layers_of
@@ -56,15 +57,20 @@ SYNONYMS = {
     **dict.fromkeys("batch block blocks decoder encoder group h layer layers model module net proj self".split(), ""),
 }
 
+# Why a layer that fits several modules is open.
+NAMES = "its name does not say which"
+BOTH = "neither its name nor the flow of both models says which"
+
 
 @dataclass(frozen=True)
 class Open:
-    """A layer that has more than one place, or none, with the modules that it fits; `tensors` are all that are of it."""
+    """A layer that has more than one place, or none, with the modules that it fits; `tensors` are all that are of it. `turned` are modules
+    that it fits by its shapes only: what they do with their arrays is something else."""
 
     layer: Layer
     tensors: tuple[str, ...]
     places: tuple[str, ...]
-    why: str = ""
+    turned: tuple[str, ...] = ()
 
 
 @dataclass
@@ -76,11 +82,13 @@ class Proposal:
     places: dict[str, str] = field(default_factory=dict)
     open: list[Open] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)  # arrays that nothing fills
-    is_run: bool = False  # whether the model was run, and agreed
+    suspects: Mapping[str, Suspect] = field(default_factory=dict)  # arrays that are filled, perhaps in another order than is flattened
+    why: str = NAMES
+    untraced: str = ""  # why no run was followed
 
     def text(self, tree: Tree, ignore: Sequence[str]) -> str:
         """The proposal as a mapping to edit; what is open is a comment."""
-        remarks = {}
+        remarks: dict[str, tuple[str, ...]] = {name: (suspect.said,) for name, suspect in self.suspects.items()}
         for name in self.empty:
             fits = [one.layer.name for one in self.open if any(name == place or name.startswith(f"{place}.") for place in one.places)]
             said = f"open: fits {', '.join(fits[:8])}{' and others' if len(fits) > 8 else ''}" if fits else "open: nothing fits"
@@ -100,6 +108,7 @@ class _Matcher:
     views: Mapping[str, tuple[Layer, ...]]
     stacks: Mapping[str, Stack]
     fits: Fits
+    shaped: Fits  # by shapes alone
     chosen: dict[tuple[str, str], Choice]
 
     def tensors(self, layer: str) -> list[list[str]]:
@@ -119,19 +128,21 @@ def proposed(
     both models do with their arrays."""
     matcher = _matcher(weights, tree, ignore)
     places = _by_names_and_shapes(matcher.fits)
-    if flow is None:
-        return _settled(matcher, places, agrees) or _proposal(matcher, places)
-    narrow, found = _narrowed(matcher, flow)
-    if narrow.fits == matcher.fits:
-        return _settled(matcher, places, agrees) or _proposal(matcher, places)
-    if proposal := _settled(narrow, found, agrees, confirm=True):
+    narrow, found = (matcher, places) if flow is None else _narrowed(matcher, flow)
+    changed = narrow.fits != matcher.fits
+    if proposal := _settled(narrow, found, agrees, confirm=changed):
         return proposal
-    if agrees is not None:  # what the flow says has not been confirmed: names alone may, but only if the model agrees
+    if changed and agrees is not None:  # what the flow says has not been confirmed: names alone may, but only if the model agrees
         if proposal := _settled(matcher, places, agrees, confirm=True):
             return proposal
         found = {layer: place for layer, place in found.items() if places.get(layer) == place}
         found = {layer: place for layer, place in found.items() if narrow.fits[layer][place] == matcher.fits[layer][place]}
-    return _proposal(narrow, found)
+    proposal = _proposal(narrow, found)
+    seen = flow.jax.inside if flow else {}
+    odd = {name: suspect for name, suspect in suspects(proposal.choices).items() if name not in seen}
+    if odd and not proposal.open and agrees is not None and agrees(proposal.moves):
+        odd = {}
+    return replace(proposal, suspects=odd, why=BOTH if flow else NAMES)
 
 
 def _settled(
@@ -145,7 +156,7 @@ def _settled(
         return None
     common = {layer: way for layer, way in agreed[0].items() if all(other[layer] == way for other in agreed)}
     moves = [move for _, way in common.values() for move in way]
-    return replace(_proposal(matcher, {layer: place for layer, (place, _) in common.items()}, moves), is_run=True)
+    return _proposal(matcher, {layer: place for layer, (place, _) in common.items()}, moves)
 
 
 def _narrowed(matcher: _Matcher, flow: Flow) -> tuple[_Matcher, dict[str, str]]:
@@ -216,7 +227,8 @@ def _matcher(weights: Weights, tree: Tree, ignore: Sequence[str]) -> _Matcher:
                 found[module] = [moves]
         if found or (layer not in there and not all(name in weights.tied for one in seen[0].tensors.values() for name in names(one))):
             fits[layer] = found
-    return _Matcher(weights, tree, views, *_one_or_all(there, fits), chosen)
+    kept_stacks, fits = _one_or_all(there, fits)
+    return _Matcher(weights, tree, views, kept_stacks, fits, fits, chosen)
 
 
 def _one_or_all(there: Mapping[str, Stack], fits: Fits) -> tuple[dict[str, Stack], Fits]:
@@ -327,8 +339,9 @@ def _proposal(matcher: _Matcher, places: dict[str, str], moves: list[Bound] | No
         if layer not in settled:
             shown = matcher.stacks[layer].shown if layer in matcher.stacks else matcher.views[layer][0]
             tensors = tuple(name for member in matcher.tensors(layer) for name in member)
-            left.append(Open(shown, tensors, tuple(place for place in found if place not in taken)))
-    choices = {layer: matcher.chosen.get((layer, place)) for layer, place in places.items() if layer in settled}
+            turned = () if found else tuple(matcher.shaped[layer])
+            left.append(Open(shown, tensors, tuple(place for place in found if place not in taken), turned))
+    choices = {layer: matcher.chosen.get((layer, places[layer])) for layer in matcher.fits if layer in settled}
     at = {name: places[layer] for layer in settled for name in _members(matcher, layer)}
     return Proposal(choices, moves, at, left, [name for name in matcher.tree.leaves if name not in filled])
 
