@@ -21,6 +21,7 @@ from shardconv.errors import CheckError, ConfigError, Problem
 from shardconv.models.hf import decoder_of
 from shardconv.plan import Plan
 from shardconv.planning import budgeted, plan_from_config, worker_budget
+from shardconv.porting.making import is_own
 from shardconv.run import Began, Stage
 from shardconv.sinks.paths import final_path
 from shardconv.verify.forwards import require_forward
@@ -174,6 +175,9 @@ def _forward(config: Config, plan: Plan) -> str:
 
 def _require_forward(config: Config, plan: Plan) -> None:
     forward = _forward(config, plan)
+    if is_own(plan.layout) and forward in ("auto", "torch"):
+        remedy = 'set check.forward = "module:function"; models that are no language models: shardconv.porting.agreement'
+        raise ConfigError("no forward is known", [Problem(f"{plan.layout} is a model of your own, which no forward of ours runs", remedy)])
     if forward == "auto":
         decoder_of(plan.source.config or {})
         return

@@ -19,11 +19,14 @@ import equinox as eqx  # noqa: E402
 import jax  # noqa: E402
 import own_models  # noqa: E402
 from flax import nnx  # noqa: E402
+from logit_cases import SIZES  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from test_models import torch_model  # noqa: E402
 from torch import nn  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import shardconv  # noqa: E402
+from shardconv.checking import require, verify  # noqa: E402
 from shardconv.cli import app  # noqa: E402
 from shardconv.config import Config, RunOptions, load_config  # noqa: E402
 from shardconv.conversion import run  # noqa: E402
@@ -88,6 +91,12 @@ def converted(layout: str, *overrides: str) -> tuple[Json, Any, Any]:
     return report, loaded, shardconv.convert_module("source", model_of(layout)[0], "mapping.toml")
 
 
+def refused(error: type[ShardconvError], chosen: Config, *, checked: bool = False) -> str:
+    with pytest.raises(error) as caught:
+        _ = require(chosen, plan_from_config(chosen)) if checked else plan_from_config(chosen)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["nnx", "linen", "equinox"])
 def test_a_run_writes_what_convert_module_gives(here: Path, name: str) -> None:
     if name == "equinox":
@@ -118,10 +127,42 @@ def test_what_a_mesh_writes_is_the_same(here: Path) -> None:
     assert (spec["conv.kernel"], spec["norm.scale"]) == ((None, None, None, "x"), (None,))
 
 
+ATTENTION = {name: f"({axis} head_dim) embed -> layers embed {axis} head_dim" for name, axis in (("q", "heads"), ("k", "kv"), ("v", "kv"))}
+LLAMA = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "unembed": "lm_head.weight: vocab embed -> embed vocab",
+    "layers.attn_norm": "model.layers.{layers}.input_layernorm.weight: embed -> layers embed",
+    "layers.mlp_norm": "model.layers.{layers}.post_attention_layernorm.weight: embed -> layers embed",
+    **{f"layers.attn.{name}": f"model.layers.{{layers}}.self_attn.{name}_proj.weight: {dims}" for name, dims in ATTENTION.items()},
+    "layers.attn.o": "model.layers.{layers}.self_attn.o_proj.weight: embed (heads head_dim) -> layers heads head_dim embed",
+    **{f"layers.mlp.{name}": f"model.layers.{{layers}}.mlp.{name}_proj.weight: out in -> layers in out" for name in ("gate", "up", "down")},
+}
+
+
+def test_a_scanned_model_is_compared_by_its_own_forward(here: Path) -> None:
+    pytest.importorskip("transformers")
+    torch_model(SIZES).save_pretrained(here / "llama")
+    (here / "mapping.toml").write_text("[mapping]\n" + "\n".join(f'"{name}" = "{line}"' for name, line in LLAMA.items()))
+    (here / "mine.py").write_text(
+        "import jax\nimport jax.numpy as jnp\nfrom user_models import LinenLlama\n\n\n"
+        "def make():\n    return LinenLlama().init(jax.random.key(0), jnp.zeros((1, 4), int))\n\n\n"
+        "def forward(params, tokens):\n    return LinenLlama().apply(params, tokens)\n"
+    )
+    said = ("source.path=llama", "check.mode=all", 'mesh.axes={x=2}', 'mesh.rules={embed="x"}')
+    assert refused(ConfigError, config("mine:make", *said), checked=True) == (
+        "the logits cannot be compared (1 problem):\n"
+        "  mine:make is a model of your own, which no forward of ours runs\n"
+        '      set check.forward = "module:function"; models that are no language models: shardconv.porting.agreement'
+    )
+    report = run(config("mine:make", *said, "check.forward=mine:forward"), OPTIONS)
+    assert report["check"]["equal"] and report["check"]["logits"]["equal"] and report["read_amplification"] == 1.0
+    specs = {leaf.name: leaf.spec for leaf in plan_from_config(config("mine:make", *said)).leaves}
+    assert specs["params.layers.attn.q"] == (None, "x", None, None)
+
+
 def test_damage_is_seen_in_what_is_computed_too(here: Path) -> None:
     run(config("own_models:nnx_model", "check.mode=none", "output.ocdbt=false", "output.zarr=2"), OPTIONS)
-    from shardconv.checking import verify
-
     chosen = config("own_models:nnx_model", "output.ocdbt=false", "output.zarr=2")
     assert verify(chosen)["equal"]
     state = torch_state()
@@ -129,6 +170,15 @@ def test_damage_is_seen_in_what_is_computed_too(here: Path) -> None:
     save_file(state, here / "source" / "model.safetensors")
     found = verify(chosen)
     assert not found["equal"] and "cell.dense_h.bias[3] is" in found["problems"][0]["fact"]
+
+
+def test_it_is_loaded_onto_a_mesh_without_a_checkpoint(here: Path) -> None:
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    params = shardconv.load("source", mesh, layout="own_models:nnx_model", mapping="mapping.toml", rules={"o": "x"})
+    model = model_of("own_models:nnx_model")[0]
+    expected = shardconv.convert_module("source", model, "mapping.toml")
+    assert params["conv"]["kernel"].sharding.spec[-1] == "x"
+    assert np.array_equal(params["conv"]["kernel"], expected.conv.kernel) and np.array_equal(params["up"]["kernel"], expected.up.kernel)
 
 
 def test_without_a_mapping_one_is_proposed_or_the_run_refused(here: Path) -> None:
@@ -173,12 +223,6 @@ def test_a_model_that_cannot_be_traced_is_made(here: Path) -> None:
     (here / "mapping.toml").write_text('[mapping]\n"fc.weight" = "fc.weight"\n')
     plan = plan_from_config(config("own_models:untraceable"))
     assert plan.notes[0].startswith("own_models:untraceable cannot be traced, so its arrays were made: TracerArrayConversionError: ")
-
-
-def refused(error: type[ShardconvError], chosen: Config) -> str:
-    with pytest.raises(error) as caught:
-        plan_from_config(chosen)
-    return str(caught.value)
 
 
 TITLE = "target.layout cannot be used (1 problem):\n  "

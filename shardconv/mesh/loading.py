@@ -94,7 +94,7 @@ class Choices(TypedDict, total=False):
     like: a tree of shardings, or of arrays or `jax.ShapeDtypeStruct`s. Its names, shapes and dtypes must be those of what is loaded; the
         result has its structure, and its shardings where it has some. Of an array that JAX has put where it liked, such as `jnp.zeros`
         makes (`committed` is False), the sharding is not taken.
-    layout, scan_layers, dtype, rope, vocab_size: as in [target]; unless said otherwise "flat", scanned, each tensor's own dtype.
+    layout, mapping, scan_layers, dtype, rope, vocab_size: as in [target]; unless said otherwise "flat", scanned, each tensor's own dtype.
     family, ignore: as in [model]; prefix: as in [source].
     placement: "host", "device", or "auto" for each array by what would be read; what only the hosts can do, they do.
     memory_budget: bytes, or a size such as "2GiB", that a process may hold besides the arrays; by default a share of what is free.
@@ -103,6 +103,7 @@ class Choices(TypedDict, total=False):
     rules: Rules | None
     like: Any
     layout: str | None
+    mapping: str | None
     scan_layers: bool | None
     dtype: str | None
     rope: str | None
@@ -118,7 +119,7 @@ class Choices(TypedDict, total=False):
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "source": ("prefix",),
     "model": ("family", "ignore"),
-    "target": ("layout", "scan_layers", "dtype", "rope", "vocab_size"),
+    "target": ("layout", "mapping", "scan_layers", "dtype", "rope", "vocab_size"),
     "workers": ("memory_budget",),
 }
 
