@@ -109,17 +109,17 @@ def _proposed(call: Call, arrays: Arrays, sizes: Mapping[str, jax.Array], looks:
     def effects(floats: Arrays, rest: Arrays, given: Any, weights: list[jax.Array]) -> dict[str, jax.Array]:
         def in_sum(some: Arrays) -> jax.Array:
             results = [leaf for leaf in jax.tree.leaves(call({**rest, **some}, given)) if _is_float(leaf)]
-            return sum((jnp.vdot(weight, one) for weight, one in zip(weights, results, strict=True)), jnp.zeros(()))
+            return sum((jnp.vdot(weight, one.astype(weight.dtype)) for weight, one in zip(weights, results, strict=True)), jnp.zeros(()))
 
         return {name: _by_slice(slope, floats[name], sizes[name]) for name, slope in jax.grad(in_sum)(floats).items()}
 
     blind: dict[str, npt.NDArray[np.bool_]] = {}
     for number, look in enumerate(looks):
-        bound = FACTOR * float(np.sqrt(sum(result.size for result in look.results)))
+        bound = 2 * float(np.sqrt(sum(result.size for result in look.results)))  # what noise in every result comes to, and twice that
         random = np.random.default_rng(number)
-        weights = [random.choice([-1.0, 1.0], one.shape) / noise for one, noise in zip(look.results, look.noise, strict=True)]
+        weights = [random.standard_normal(one.shape) / noise for one, noise in zip(look.results, look.noise, strict=True)]
         for name, effect in jax.block_until_ready(effects(floats, rest, look.given, [jnp.asarray(one) for one in weights])).items():
-            low = np.asarray(effect) <= bound
+            low = ~(np.asarray(effect) > bound)  # where there is no number, the gradient says nothing
             blind[name] = blind[name] & low if name in blind else low
     return [*(item for name, low in blind.items() for item in _items(name, low)), *((name, ()) for name in rest)]
 
@@ -169,7 +169,7 @@ def _mask(shape: Sequence[int], indices: Sequence[Index]) -> npt.NDArray[np.bool
     mask = np.zeros(tuple(shape[:depth]), bool)
     for index in indices:
         mask[(*index,)] = True
-    return mask.reshape(*mask.shape, *[1] * (len(shape) - depth))
+    return mask.reshape((*mask.shape, *[1] * (len(shape) - depth)))
 
 
 @jax.jit
@@ -194,7 +194,7 @@ def _nudged(arrays: Arrays, number: int) -> dict[str, jax.Array]:
 
 def _step(array: jax.Array, size: jax.Array) -> jax.Array:
     """What each element is changed by; zeros by as much as what is as large as the array."""
-    return jnp.where(array == 0, size, jnp.abs(array)) * STEP
+    return jnp.where(array == 0, size.astype(array.dtype), jnp.abs(array)) * STEP
 
 
 def _signs(array: jax.Array, number: int | jax.Array) -> jax.Array:

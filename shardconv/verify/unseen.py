@@ -89,7 +89,7 @@ def _rows(reading: Reading, shapes: Mapping[str, Shape], vocab: int, judged: Seq
         if unused:
             leaf = ends["embed"].leaf
             why = "their tokens are at no judged position; of the output projection every row is seen, as it gives a logit"
-            yield Unseen("rows of the embedding", (part(leaf, [(row,) for row in unused], shapes[leaf]),), why, len(unused), vocab)
+            yield Unseen("rows of the embedding", (part(leaf, [(row,) for row in unused], (vocab,)),), why, len(unused), vocab)
     if "positions" in ends:
         leaf, longest = ends["positions"].leaf, max(map(len, judged), default=0)
         if longest < (total := shapes[leaf][0]):
@@ -153,10 +153,10 @@ def _alternatives(names: Sequence[str]) -> str:
 def _any_layer(names: Iterable[str]) -> tuple[str, ...]:
     """Names without the numbers of layers, each once.
 
-    >>> _any_layer(["layers.0.attn.k_bias", "layers.1.attn.k_bias"]), _any_layer(["layers_0.key.bias"]), _any_layer(["layers.attn.k_bias"])
-    (('layers.*.attn.k_bias',), ('layers_*.key.bias',), ('layers.attn.k_bias',))
+    >>> _any_layer(["layers.0.attn.k_bias", "layers.1.attn.k_bias"]), _any_layer(["layers_0.key.bias"])
+    (('layers.*.attn.k_bias',), ('layers_*.key.bias',))
     """
-    return tuple(dict.fromkeys(re.sub(r"(?<=[._])\d+(?=\.)", "*", name) for name in names))
+    return tuple(dict.fromkeys(re.sub(r"(?<![^._])\d+(?=\.)", "*", name) for name in names))
 
 
 def told(found: Mapping[str, Any], weights: Mapping[str, Any] | None, most: int = 3) -> Iterator[str]:
