@@ -106,17 +106,25 @@ class NnxBlock(nnx.Module):
         return x + down(jax.nn.silu(gate(h)) * up(h))
 
 
+class NnxScan(nnx.Module):
+    """Three of them, each array of three layers."""
+
+    def __init__(self, rngs: Any) -> None:
+        self.stack = nnx.split_rngs(splits=3)(nnx.vmap(NnxBlock, in_axes=(0,), out_axes=0))(rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.stack)
+
+
 class EqxBlock(eqx.Module):
-    """The same, of bare matrices but for the norms."""
+    """The same, of one example."""
 
     parts: list[Any]
-    shifts: list[Any]
     scales: list[Any]
 
     def __init__(self, key: Any) -> None:
         del key
         self.parts = [eqx.nn.Linear(WIDE, WIDE, key=jax.random.key(0)) for _ in range(7)]
-        self.shifts = []
         self.scales = [eqx.nn.LayerNorm(WIDE, eps=1e-6) for _ in range(2)]
 
     def __call__(self, x: Any) -> Any:
@@ -126,3 +134,16 @@ class EqxBlock(eqx.Module):
         x = x + out(attended(q(h), k(h), v(h)))
         h = second(x)
         return x + down(jax.nn.silu(gate(h)) * up(h))
+
+
+class EqxScan(eqx.Module):
+    """Three of them, each array of three layers."""
+
+    stack: EqxBlock
+
+    def __init__(self, key: Any) -> None:
+        self.stack = eqx.filter_vmap(EqxBlock)(jax.random.split(key, 3))
+
+    def __call__(self, x: Any) -> Any:
+        arrays, rest = eqx.partition(self.stack, eqx.is_array)
+        return jax.lax.scan(lambda x, part: (eqx.combine(part, rest)(x), None), x, arrays)[0]

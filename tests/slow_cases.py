@@ -70,7 +70,7 @@ KEPT: Mapping[str, tuple[str, ...]] = {
         *("LSTM-equinox", "GRU-", "gate-nnx", "GRU, no bias-", "weight_norm-linen", "weight_norm-nnx inside"),
         *("weight_norm-equinox wrapped", "spectral_norm-linen", "PReLU"),
     ),
-    "test_porting_flow.py::test_nothing_is_ever_settled_wrongly": ("range(0, 12)",),
+    "test_porting_programs.py::test_nothing_is_settled_wrongly": ("range(0, 12)",),
     "test_mesh_run.py::test_the_arrays_are_those_of_a_conversion_that_streams": ("maxtext-experts and stages-mesh-host",),
     "test_mesh_run.py::test_a_mesh_plan_is_done_by_workers_that_stream_to_the_same_bytes": (),
     "test_mesh_run.py::test_processes_that_die_too_often_are_a_report_and_the_next_run_goes_on": (),

@@ -20,9 +20,11 @@ from porting_flows import (  # noqa: E402
     TOKENS,
     WIDE,
     EqxBlock,
+    EqxScan,
     LinenBlocks,
     LinenScan,
     NnxBlock,
+    NnxScan,
     TorchBlock,
     inputs,
     shaken,
@@ -85,6 +87,18 @@ def test_a_block_is_settled_by_its_flow(library: str) -> None:
     model = nnx.eval_shape(lambda: NnxBlock(nnx.Rngs(0))) if library == "nnx" else eqx.filter_eval_shape(EqxBlock, KEY)
     found = by_flow(shaken(TorchBlock()), x, model, lambda model: (model if library == "nnx" else jax.vmap(model))(y))
     assert found.places == IN_LISTS
+
+
+@pytest.mark.parametrize("library", ["nnx", "equinox"])
+def test_scanned_modules_are_settled_by_their_flow(library: str) -> None:
+    x, y = inputs(2, TOKENS, WIDE)
+    if library == "nnx":
+        model = nnx.eval_shape(lambda: NnxScan(nnx.Rngs(0)))
+        found = by_flow(blocks(3), x, model, lambda model: nnx.jit(lambda model, y: model(y))(model, y))
+    else:
+        model = eqx.filter_eval_shape(EqxScan, KEY)
+        found = by_flow(blocks(3), x, model, lambda model: jax.vmap(eqx.filter_jit(model))(y))
+    assert found.places == {f"{n}.{there}": f"stack.{here}" for n in range(3) for there, here in IN_LISTS.items()}
 
 
 def test_scanned_blocks_are_settled_by_their_flow() -> None:
