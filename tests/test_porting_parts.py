@@ -1,7 +1,9 @@
 """Parts of PyTorch's models as they are met: in modules that have several, in wrappers, and where a library has nothing like them."""
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +106,18 @@ def test_weight_norm_of_nnx_takes_both_arrays(abstract: bool) -> None:
         assert found is model
         assert np.array_equal(found.up.layer_instance.kernel[...], module.up.parametrizations.weight.original1.detach().numpy().T)
         assert abs(np.asarray(found(jnp.asarray(X))) - expected).max() < CLOSE
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_scales_are_saved_and_loaded_again(library: str, tmp_path: Path) -> None:
+    """The keys of both are paths: of Linen with slashes, of NNX tuples."""
+    empty = nnx.eval_shape(NnxNormed) if library == "nnx" else jax.eval_shape(LinenNormed().init, KEY, X)
+    model = shardconv.convert_module(normed(), empty, SAME)
+    shardconv.save_module(tmp_path / "net", model)
+    found = shardconv.load_module(tmp_path / "net", nnx.eval_shape(NnxNormed) if library == "nnx" else empty)
+    both = [jax.tree.leaves(nnx.state(one) if library == "nnx" else one) for one in (model, found)]
+    assert len(both[0]) == 8 and all(np.array_equal(a, b) for a, b in zip(*both, strict=True))
+    gc.collect()  # Orbax's loops, before the test's end
 
 
 def test_a_plain_layer_is_no_weight_normed_one() -> None:

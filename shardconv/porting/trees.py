@@ -159,7 +159,7 @@ def _nnx(nnx: ModuleType, model: Any) -> Tree:
         nnx.update(model, nnx.from_flat_state(filled(arrays)))
         return model
 
-    values = {".".join(map(str, path)): _value(variable) for path, variable in flat}
+    values = {_dotted(path): _value(variable) for path, variable in flat}
     return Tree("nnx", leaves, values, classes, updated if isinstance(model, nnx.Module) else copied, copied)
 
 
