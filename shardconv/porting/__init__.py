@@ -12,7 +12,7 @@
     uses          what a model does with its arrays, from one run: `torch_uses`, `jax_uses`; `flow`, what two runs have in common
     flattening    where channels may be flattened in another order
     resolving     all of that made into moves, and everything that is wrong
-    agreement     whether a converted model computes what PyTorch's does
+    agreement     whether a converted model computes what PyTorch's does; `unseen`, what no comparison of results can show
     epsilons      a warning of what no array shows
     convert       `shardconv.convert_module` and `shardconv.propose_mapping`
     conventions   what layers must be made with; `pooling`, averages as torch takes them
