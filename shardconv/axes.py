@@ -93,11 +93,6 @@ class Address:
         """All axes with their sizes."""
         return self.named | {digit.axis: digit.size for dim in self.dims for digit in dim}
 
-    @property
-    def has_room(self) -> bool:
-        """Whether its tensors have places that it does not fill."""
-        return any(digit.size < digit.radix for dim in self.dims for digit in dim)
-
     def key(self, index: Mapping[str, int]) -> str:
         """The name of the tensor that holds the element at `index`; axes that are not in the name do not matter.
 

@@ -5,7 +5,7 @@ has for it. What is chosen, rather than a default, follows from the model: the f
 the layout, and a mesh by size: as many devices as hold `PER_DEVICE` bytes of weights each, split over `embed` first (fsdp), and from 16
 devices on over experts, or where there are none over heads, mlp and vocab. A mesh axis never splits what it does not divide.
 
-For a model of the user's own the weights' headers are read too, and the mapping that is proposed is written beside the config, to be edited.
+For a model of the user's own the weights' headers are read too, and the mapping that is proposed is written beside the config.
 """
 
 import math

@@ -49,6 +49,7 @@ import shardconv
 from shardconv.axes import Address, Dim
 from shardconv.check_report import print_check
 from shardconv.inspecting import Listing
+from shardconv.page.words import count
 from shardconv.plan import Leaf, Plan, Unit
 from shardconv.progress import amount
 from shardconv.run.driver import Outcome
@@ -281,7 +282,7 @@ def print_plan(plan: Plan, console: Console, *, ocdbt: bool) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("target", "source", "dims", "shape", "dtype", "values", "chunk", "inner", "sharding"):
         table.add_column(heading, no_wrap=True)
-    rows = [_plan_row(leaf, count) for leaf, count in _groups(plan)]
+    rows = [_plan_row(leaf, many) for leaf, many in _groups(plan)]
     for row in rows:
         table.add_row(*row)
     if _fits(table, console):
@@ -325,7 +326,8 @@ def _plan_facts(plan: Plan, *, ocdbt: bool) -> Table:
     source, used = plan.source, used_bytes(plan)
     facts = Table.grid(padding=(0, 2))
     rounds = sum(not leaf.exact for leaf in plan.leaves)
-    facts.add_row("source", f"{source.root}: {amount(source.total_bytes)}, {len(source.tensors)} tensors in {len(source.files)} files")
+    held = f"{count(len(source.tensors), 'tensor')} in {count(len(source.files), 'file')}"
+    facts.add_row("source", f"{source.root}: {amount(source.total_bytes)}, {held}")
     facts.add_row("target", f"{plan.layout}, {amount(plan.target_bytes)} in {len(plan.leaves)} arrays, {rounds} of which round")
     requests = "" if plan.windows else f" in {plan.requests:,} requests"  # on a mesh they depend on who has which devices
     least = "at least " if plan.windows else ""
@@ -333,7 +335,7 @@ def _plan_facts(plan: Plan, *, ocdbt: bool) -> Table:
     facts.add_row("names", "none missing, none unmapped")
     facts.add_row("reads", reads)
     largest = amount(_largest(plan).bytes_written)
-    facts.add_row("work", f"{len(plan.units)} units, the largest {largest}; about {files_to_write(plan, ocdbt=ocdbt)} files")
+    facts.add_row("work", f"{count(len(plan.units), 'unit')}, the largest {largest}; about {files_to_write(plan, ocdbt=ocdbt)} files")
     facts.add_row("memory", f"{amount(plan.peak_bytes)} of buffers per worker")
     facts.add_row("mesh", ", ".join(f"{axis} {size}" for axis, size in plan.mesh.axes.items()) or "none: arrays are whole")
     if plan.windows:
@@ -381,8 +383,8 @@ def print_listing(listing: Listing, console: Console) -> None:
             facts = [f"{_shape(entry.shape)} {entry.dtype}", f"{entry.nbytes:,} bytes", *chunk, f"in {entry.where}"]
             console.print(f"{entry.name}\n    {', '.join(facts)}")
     places = len({entry.where for entry in listing.entries})
-    kind = "directories" if listing.format == "orbax" else "files"
-    console.print(f"{len(listing.entries)} tensors, {amount(listing.nbytes)}, {places} {kind}, {listing.format}")
+    where = count(places, "directory", "directories") if listing.format == "orbax" else count(places, "file")
+    console.print(f"{count(len(listing.entries), 'tensor')}, {amount(listing.nbytes)}, {where}, {listing.format}")
     for note in listing.notes:
         console.print(f"note: {note}")
 

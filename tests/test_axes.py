@@ -50,7 +50,6 @@ def test_an_address_means_what_its_notation_says(world: World) -> None:
             assert read.key(index) == world.key(place, index)
             for dim, tree in zip(read.dims, place.dims, strict=True):
                 assert encode(dim, index) == position(tree, index, world.lengths)
-        assert read.has_room == any((tensor < 0).any() for tensor in tensors.values())
         assert [key for key, _ in read.keys()] == list(dict.fromkeys(key for key, _ in read.keys()))
         assert {key for key, _ in read.keys()} == tensors.keys()
 
@@ -131,9 +130,6 @@ def test_a_number_in_a_sum_is_room() -> None:
     assert digits_of("(vocab | 6)") == [[("vocab", 10, 16, 0)]]
     assert digits_of("(2 | vocab | 4)", part=1) == [[("vocab", 10, 16, 2)]]
     assert digits_of("(heads head_dim | 16)") == [[("heads", 6, 8, 0), ("half", 2, 2, 0), ("pair", 4, 4, 0)]]
-    assert address("w", "(vocab | 6)", AXES).has_room
-    assert not address("w", "(vocab | 0)", AXES).has_room
-    assert not address("w", "(vocab | none)", AXES).has_room
 
 
 def test_every_sum_of_an_address_has_the_same_part() -> None:

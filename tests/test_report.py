@@ -194,7 +194,7 @@ def test_a_listing_as_data_and_for_people(source: Path) -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == 4
     assert "128" in lines[1]
-    assert lines[-1] == "2 tensors, 256 B, 1 files, safetensors"
+    assert lines[-1] == "2 tensors, 256 B, 1 file, safetensors"
 
 
 def shown(path: Path, match: str | None, width: int) -> list[str]:
@@ -207,7 +207,7 @@ def test_a_listing_on_a_narrow_terminal_has_two_lines_for_each_tensor(source: Pa
     assert shown(source, "*.1.*q_proj*", 80) == [
         "model.layers.1.self_attn.q_proj.weight",
         "    64 x 64 BF16, 8,192 bytes, in model-00003-of-00004.safetensors",
-        "1 tensors, 8.19 kB, 1 files, safetensors",
+        "1 tensor, 8.19 kB, 1 file, safetensors",
     ]
 
 

@@ -72,10 +72,10 @@ def test_every_chunk_is_written_whole_and_once(conversion: Conversion, monkeypat
     written: Counter[tuple[str, tuple[int, ...]]] = Counter()
     put = ShardWriter.put
 
-    def watch(self: ShardWriter, spec, index, array, gathered) -> None:  # type: ignore[no-untyped-def]
+    def watch(self: ShardWriter, spec, index, array) -> None:  # type: ignore[no-untyped-def]
         written[spec.name, index] += 1
         assert array.shape == box_shape(spec.box(index))
-        put(self, spec, index, array, gathered)
+        put(self, spec, index, array)
 
     monkeypatch.setattr(ShardWriter, "put", watch)
     outcome = conversion.drive()

@@ -16,7 +16,6 @@ page cache (`shard_writer`); it holds no copy of a chunk, or one where the inner
 store is TensorStore's own writing (`tensorstore_writer`); it holds two or three.
 """
 
-import math
 import os
 import shutil
 import sys
@@ -25,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Protocol, Self
 
-from shardconv.boxes import Box, box_shape, grid_shape
+from shardconv.boxes import Box, box_shape
 from shardconv.errors import Problem, RunError
 from shardconv.sinks.counts import MEND, WriteCounts
 from shardconv.sinks.direct import aligned_bytes
@@ -41,7 +40,7 @@ _GRAVE = "discarded."
 class Writer(Protocol):
     """What stores one unit attempt's chunks, one `put` after another."""
 
-    def put(self, spec: ArraySpec, index: tuple[int, ...], array: Array, gathered: bool) -> None: ...
+    def put(self, spec: ArraySpec, index: tuple[int, ...], array: Array) -> None: ...
     def finish(self) -> WriteCounts: ...
     def abandon(self) -> None: ...
 
@@ -75,15 +74,12 @@ class UnitWriter:
         With memory that starts on a page (`direct.aligned_empty`), and inner chunks that split leading dims alone, no
         byte is copied.
         """
-        self._submit(spec, box, array, box_shape(box), gathered=False)
-
-    def write_inner(self, spec: ArraySpec, box: Box, blocks: Array) -> None:
-        """Write one whole chunk, given as its inner chunks in row-major order, of shape (number of inner chunks,
-        *spec.inner), zeros behind the array's edge. With page-aligned memory no byte is copied, however the inner
-        chunks split the chunk.
-        """
-        count = math.prod(grid_shape(box_shape(box), spec.inner))
-        self._submit(spec, box, blocks, (count, *spec.inner), gathered=True)
+        index, shape = spec.index(box), box_shape(box)
+        if array.shape != shape or array.dtype != spec.numpy or not array.flags.c_contiguous:
+            what = f"C-contiguous {spec.dtype} of shape {shape}"
+            raise ValueError(f"{spec.name}: expected {what}, got {array.dtype} of shape {array.shape}")
+        self._wait()
+        self._pending = self._thread.submit(self._put, spec, index, array)
 
     def finish(self) -> WriteCounts:
         """Wait for the last write, and make everything durable."""
@@ -109,19 +105,11 @@ class UnitWriter:
             self._writer.abandon()
             self._writer = None
 
-    def _submit(self, spec: ArraySpec, box: Box, array: Array, shape: tuple[int, ...], gathered: bool) -> None:
-        index = spec.index(box)
-        if array.shape != shape or array.dtype != spec.numpy or not array.flags.c_contiguous:
-            what = f"C-contiguous {spec.dtype} of shape {shape}"
-            raise ValueError(f"{spec.name}: expected {what}, got {array.dtype} of shape {array.shape}")
-        self._wait()
-        self._pending = self._thread.submit(self._put, spec, index, array, gathered)
-
-    def _put(self, spec: ArraySpec, index: tuple[int, ...], array: Array, gathered: bool) -> None:
+    def _put(self, spec: ArraySpec, index: tuple[int, ...], array: Array) -> None:
         try:
             if self._writer is None:
                 self._writer = self._make()
-            self._writer.put(spec, index, array, gathered)
+            self._writer.put(spec, index, array)
         except OSError as error:
             raise _failed(self._stage, error) from error
 

@@ -55,12 +55,10 @@ class ShardWriter:
         os.makedirs(f"{self._path}/d")
         self._file = LogFile(f"{self._path}/{self._data_file}")
 
-    def put(self, spec: ArraySpec, index: tuple[int, ...], array: Array, gathered: bool) -> None:
-        """Store one chunk: an array of the chunk's shape, or its inner chunks gathered, of shape (number of inner
-        chunks, *inner).
-        """
+    def put(self, spec: ArraySpec, index: tuple[int, ...], array: Array) -> None:
+        """Store one chunk: an array of the chunk's shape."""
         stored = grid_shape(box_shape(spec.box(index)), spec.inner)
-        data = raw_view(array).reshape(-1) if gathered else self._in_order(raw_view(array), spec.inner)
+        data = self._in_order(raw_view(array), spec.inner)
         inner_bytes = math.prod(spec.inner) * array.itemsize
         table = shard_index(grid_shape(spec.chunk, spec.inner), stored, inner_bytes)
         if metadata_key(spec, self._options) not in self._values:

@@ -44,17 +44,15 @@ class TensorstoreWriter:
         cache = {"total_bytes_limit": _CACHE_BYTES}
         self._context = ts.Context({"cache_pool#ocdbt": cache, "file_io_sync": not options.ocdbt})
 
-    def put(self, spec: ArraySpec, index: tuple[int, ...], array: Array, gathered: bool) -> None:
-        """Store one chunk: an array of the chunk's shape, or its inner chunks gathered, of shape (number of inner
-        chunks, *inner).
-        """
+    def put(self, spec: ArraySpec, index: tuple[int, ...], array: Array) -> None:
+        """Store one chunk: an array of the chunk's shape."""
         box = spec.box(index)
         keys = set(_keys(spec, self._options, index))
         if keys & self._keys:
             raise ValueError(f"{min(keys & self._keys)} is written twice by one attempt")
         try:
             target = self._open(spec)[tuple(slice(a, b) for a, b in box)]
-            target.write(_ungathered(array, spec.inner, target.shape) if gathered else array).result()
+            target.write(array).result()
         except (OSError, ValueError) as error:  # TensorStore's status becomes one of these; its text names the file
             raise RunError(f"cannot write {spec.name}", [Problem(str(error), MEND)]) from error
         self._keys |= keys
@@ -90,12 +88,3 @@ def _keys(spec: ArraySpec, options: StoreOptions, index: tuple[int, ...]) -> Ite
     first = [i * (c // s) for i, c, s in zip(index, spec.chunk, stored_chunk(spec, options), strict=True)]
     for inner in np.ndindex(*counts):
         yield chunk_key(spec, options, tuple(a + i for a, i in zip(first, inner, strict=True)))
-
-
-def _ungathered(blocks: Array, inner: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """The chunk of this shape whose inner chunks are `blocks`; one copy."""
-    counts = grid_shape(shape, inner)
-    rank = len(inner)
-    axes = [axis for dim in range(rank) for axis in (dim, rank + dim)]
-    whole = blocks.reshape(*counts, *inner).transpose(axes).reshape([n * i for n, i in zip(counts, inner, strict=True)])
-    return whole[tuple(slice(0, n) for n in shape)]
