@@ -150,8 +150,10 @@ def test_parallel_branches_are_not_settled_by_the_order_in_which_they_run() -> N
     (last,) = found.places
     assert last == "d" and set(open_places(found)) == set("abc")
     assert all(len(set(places)) == 3 and found.places["d"] not in places for places in open_places(found).values()), some
-    with pytest.raises(InputError, match="2 of 4 layers are open"):
+    with pytest.raises(InputError, match="2 of 4 layers are open") as caught:
         shardconv.convert_module(module, shapes, agrees=same_outputs(module, [x], lambda variables: model.apply(variables, y)))
+    said = "fits Dense_2, Dense_3, and neither its name nor the flow of both models says which"
+    assert f"open: b (Linear: weight (8, 8), bias (8)) {said}" in str(caught.value)
 
 
 # A chain of squares
@@ -261,7 +263,7 @@ def test_a_square_is_turned_as_both_sides_contract_it(up: bool, down: bool) -> N
     forms = {move.move.target: f"{move.move.dims} -> {move.move.to}" for move in found.moves}
     assert forms == {"up": f"o i -> {'o i' if up else 'i o'}", "down": f"o i -> {'o i' if down else 'i o'}"}
     both = by_flow(module, x, tree, lambda tree: call(tree) + y @ tree["up"] + y @ tree["up"].T)
-    assert [one.layer.name for one in both.open] == ["up"]  # contracted both ways, as nothing in torch is
+    assert [one.layer.name for one in both.open] == ["up"]  # contracted both ways: either may be meant
 
 
 def test_a_kernel_that_is_used_the_other_way_round_is_not_filled_as_usual() -> None:
@@ -272,8 +274,40 @@ def test_a_kernel_that_is_used_the_other_way_round_is_not_filled_as_usual() -> N
     right = same_outputs(module, [x], lambda tree: y @ tree["params"]["0"]["kernel"])
     wrong = same_outputs(module, [x], lambda tree: y @ tree["params"]["0"]["kernel"].T)
     assert right(shardconv.convert_module(module, tree, agrees=right))
-    with pytest.raises(InputError, match="1 of 1 layers are open"):
+    with pytest.raises(InputError, match="1 of 1 layers are open") as caught:
         shardconv.convert_module(module, tree, agrees=wrong)
+    assert "0 (Linear: weight (8, 8)) fits 0 by its shapes, but is contracted along other axes than that is" in str(caught.value)
+
+
+def test_a_table_that_is_tied_on_one_side_only() -> None:
+    """In torch one matrix is looked up and multiplied with, in the model there are two of them."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(WIDE, WIDE), nn.Linear(WIDE, WIDE, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, rows: Any) -> Any:
+            return self.head(self.table(rows))
+
+    class Untied(linen.Module):
+        @linen.compact
+        def __call__(self, rows: Any) -> Any:
+            return linen.Dense(WIDE, use_bias=False)(linen.Embed(WIDE, WIDE)(rows))
+
+    rows = np.array([[3, 1], [0, 7]])
+    shapes = jax.eval_shape(Untied().init, KEY, rows)
+    found = by_flow(shaken(Tied()), torch.from_numpy(rows), shapes, lambda variables: Untied().apply(variables, jnp.asarray(rows)))
+    assert found.places == {"table": "Embed_0", "head": "Dense_0"}
+
+
+def test_to_be_followed_leaves_a_module_as_it_was() -> None:
+    module, (x, y) = nn.Sequential(nn.BatchNorm1d(WIDE)), inputs(3, WIDE)
+    agrees = same_outputs(module, [x], lambda tree: y * tree["0"]["weight"])
+    was = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert isinstance(agrees.flow(opened({"0": {"weight": np.zeros(WIDE)}})), Flow)
+    assert module.training and all(torch.equal(tensor, was[name]) for name, tensor in module.state_dict().items())
 
 
 @pytest.mark.parametrize("turned", [False, True])

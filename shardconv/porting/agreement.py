@@ -45,7 +45,7 @@ class Agreement:
 
         numbers = [one.detach().cpu().double().numpy() for one in self.inputs if isinstance(one, torch.Tensor)]
         try:
-            return Flow(torch_uses(self.module, self.inputs), jax_uses(self.call, tree, numbers))
+            return Flow(torch_uses(copy.deepcopy(self.module), self.inputs), jax_uses(self.call, tree, numbers))
         except Exception as error:  # noqa: BLE001  the user's code: what cannot be traced is run, as any other function
             return f"{type(error).__name__}: {str(error).partition('.')[0].partition(chr(10))[0]}"
 

@@ -51,9 +51,10 @@ class Flow:
     jax: Uses
 
     def turned(self, moves: Sequence[Bound]) -> bool:
-        """Whether all moves take contracted axes to contracted axes, as far as these are known."""
+        """Whether all moves take contracted axes to contracted axes, as far as these are known. One side may have uses that the other has
+        not: weights that are tied on one side only, or what a run did not come to."""
         return all(
-            there == here
+            there <= here or here <= there
             for move in moves
             for key, _ in move.source.keys()
             for name in names(parsed(key))

@@ -126,7 +126,10 @@ def proposed(
 ) -> Proposal:
     """A mapping for a checkpoint and a model. `agrees` tells whether the model computes what it should under complete moves, `flow` what
     both models do with their arrays."""
-    matcher = _matcher(weights, tree, ignore)
+    return replace(_best(_matcher(weights, tree, ignore), agrees, flow), why=BOTH if flow else NAMES)
+
+
+def _best(matcher: _Matcher, agrees: Callable[[list[Bound]], bool] | None, flow: Flow | None) -> Proposal:
     places = _by_names_and_shapes(matcher.fits)
     narrow, found = (matcher, places) if flow is None else _narrowed(matcher, flow)
     changed = narrow.fits != matcher.fits
@@ -142,7 +145,7 @@ def proposed(
     odd = {name: suspect for name, suspect in suspects(proposal.choices).items() if name not in seen}
     if odd and not proposal.open and agrees is not None and agrees(proposal.moves):
         odd = {}
-    return replace(proposal, suspects=odd, why=BOTH if flow else NAMES)
+    return replace(proposal, suspects=odd)
 
 
 def _settled(
