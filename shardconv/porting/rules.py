@@ -9,6 +9,7 @@ Rules have no layers' sizes: these follow from the shapes. A row whose tensors a
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from shardconv.porting.folding import Expression, names, parsed, renamed
 from shardconv.porting.moves import Bound, Move, Shapes, bound
@@ -40,10 +41,15 @@ class Rule:
     zeros: tuple[Zero, ...] = ()
     rare: bool = False
 
-    @property
+    @cached_property
     def targets(self) -> frozenset[str]:
         """The names that its arrays have inside the JAX layer."""
         return frozenset(row.target for row in self.rows)
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The names inside torch's layer that it speaks of."""
+        return frozenset(self.unused).union(*(names(row.expression) for row in self.rows))
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class Table:
     rules: Mapping[str, tuple[Rule, ...]]
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def every(self) -> list[tuple[str, Rule]]:
+        """All rules, each with the first torch class that has it."""
+        return _once((kind, rule) for kind, rules in self.rules.items() for rule in rules)
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,8 @@ def fitting(
 
     `arrays` may have others, of layers inside this one.
     """
+    if not layer.tensors.keys() <= rule.known:
+        return None
     mine = {arrays[inner] for inner in rule.targets if inner in arrays}
     scales = {inner for inner in arrays if "/" in inner and inner.partition("/")[0] in rule.targets}  # Flax's WeightNorm: of the same layer
     if not mine or not scales <= rule.targets or used_by(rule, layer) != set(layer.tensors):
@@ -143,12 +156,18 @@ def fitting(
 
 def rules_for(table: Table, layer: Layer, meant: Sequence[str] = ()) -> list[tuple[str, Rule]]:
     """The rules that may be meant, with torch's class: that of the layer, or all where it has none, as far as the model's can be it."""
-    kinds = [kind for kind in layer.kinds if kind in table.rules][:1] or list(table.rules)
+    kind = next((kind for kind in layer.kinds if kind in table.rules), "")
+    if not kind and not meant:
+        return table.every
+    kinds = [one for one in ([kind] if kind else table.rules) if not meant or one in meant]
+    return _once((one, rule) for one in kinds for rule in table.rules[one])
+
+
+def _once(rules: Iterable[tuple[str, Rule]]) -> list[tuple[str, Rule]]:
+    """Rules with their classes; of those that are alike, the first."""
     found: dict[tuple[Move, ...], tuple[str, Rule]] = {}
-    for kind in kinds:
-        if not meant or kind in meant:
-            for rule in table.rules[kind]:
-                found.setdefault(rule.rows, (kind, rule))
+    for kind, rule in rules:
+        found.setdefault(rule.rows, (kind, rule))
     return list(found.values())
 
 
