@@ -19,36 +19,43 @@ LIMIT = 10_000_000
 KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a float", list: "an array", dict: "a table"}
 
 
-def read_toml(path: str) -> dict[str, object]:
-    """The tables of a TOML file; raises ConfigError when there is no such file or it is not TOML."""
+# What writes such a file.
+WRITTEN_BY = {
+    "config": "`shardconv init HF_DIR --layout LAYOUT` writes one",
+    "mapping": "`shardconv init DIR --layout module:make_model` and shardconv.propose_mapping write one",
+}
+
+
+def read_toml(path: str, what: str = "config") -> dict[str, object]:
+    """The tables of a TOML file, which is a `what`; raises ConfigError when there is no such file or it is not TOML."""
     try:
         with open(path, "rb") as file:
             raw = file.read(LIMIT + 1)
         if len(raw) > LIMIT:
-            raise ConfigError("cannot read the config", [Problem(f"{path} has over {LIMIT} bytes", "give a config")])
+            raise ConfigError(f"cannot read the {what}", [Problem(f"{path} has over {LIMIT} bytes", f"give a {what}")])
         text = raw.decode().replace("\r\n", "\n")
         return tomllib.loads(text)
     except FileNotFoundError:
-        raise ConfigError("cannot read the config", [Problem(f"{path}: no such file", _neighbour(path))]) from None
+        raise ConfigError(f"cannot read the {what}", [Problem(f"{path}: no such file", _neighbour(path, what))]) from None
     except OSError as error:
-        raise ConfigError("cannot read the config", [Problem(f"{path}: {error.strerror}")]) from None
+        raise ConfigError(f"cannot read the {what}", [Problem(f"{path}: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
         problem = Problem(f"{path}: byte {error.start} is not UTF-8", "save the file as UTF-8")
-        raise ConfigError("cannot read the config", [problem]) from None
+        raise ConfigError(f"cannot read the {what}", [problem]) from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError("cannot read the config", [_syntax_problem(path, text, str(error))]) from None
+        raise ConfigError(f"cannot read the {what}", [_syntax_problem(path, text, str(error))]) from None
     except RecursionError:
-        raise ConfigError("cannot read the config", [Problem(f"{path} is nested too deep")]) from None
+        raise ConfigError(f"cannot read the {what}", [Problem(f"{path} is nested too deep")]) from None
     except ValueError as error:  # of Python's own limits: the digits of an integer, a NUL in a path
-        raise ConfigError("cannot read the config", [Problem(f"{path}: {error}")]) from None
+        raise ConfigError(f"cannot read the {what}", [Problem(f"{path}: {error}")]) from None
 
 
-def _neighbour(path: str) -> str:
+def _neighbour(path: str, what: str) -> str:
     """The remedy for a file that is not there: a file beside it with nearly its name."""
     folder = Path(path).parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     close = get_close_matches(Path(path).name, names, n=1)
-    return f"did you mean {folder / close[0]}?" if close else "`shardconv init HF_DIR --layout LAYOUT` writes one"
+    return f"did you mean {folder / close[0]}?" if close else WRITTEN_BY[what]
 
 
 def _syntax_problem(path: str, text: str, message: str) -> Problem:

@@ -415,3 +415,20 @@ def test_sources_that_are_none() -> None:
         "  2 in all\n      load the checkpoint into it first"
     )
     assert issubclass(InputError, ShardconvError) and issubclass(ConfigError, ShardconvError)
+
+
+def test_a_mapping_that_is_not_there() -> None:
+    assert refusal({}, linen_variables(), "no/such/mapping.toml") == (
+        "cannot read the mapping (1 problem):\n  no/such/mapping.toml: no such file\n"
+        "      `shardconv init DIR --layout module:make_model` and shardconv.propose_mapping write one"
+    )
+
+
+def test_layers_that_are_alike_are_told_of_once() -> None:
+    state = {f"layer.{n}.scale": np.ones(8, np.float32) for n in range(12)}
+    assert refusal(state, {"gain": np.ones(8, np.float32)}, {"gain": "0"}) == (
+        "the checkpoint does not fit the model (1 problem):\n"
+        "  layer.0.scale (8) goes nowhere (and 11 more like it)\n"
+        '      map it, or ignore = ["layer.{}.scale"]'
+    )
+    assert shardconv.convert_module(state, {"gain": np.zeros(8, np.float32)}, {"gain": "0"}, ignore=["layer.{}.scale"])["gain"].sum() == 0

@@ -14,7 +14,7 @@ from shardconv.porting.landing import landed
 from shardconv.porting.mapping import Plan, read_mapping
 from shardconv.porting.matching import Proposal, proposed
 from shardconv.porting.moves import Bound
-from shardconv.porting.resolving import Resolved, coverage_problems, resolved, zero_problems
+from shardconv.porting.resolving import Resolved, collapsed, coverage_problems, resolved, zero_problems
 from shardconv.porting.rules import described, required_zeros
 from shardconv.porting.sources import Weights, weights_of
 from shardconv.porting.trees import Tree, opened
@@ -123,7 +123,7 @@ def _certain(weights: Weights, tree: Tree, proposal: Proposal, ignore: Sequence[
             said = f"fits {', '.join(one.turned[:SHOWN])} by its shapes, but is contracted along other axes than that is"
         found.problems.append(Problem(f"open: {described(one.layer, weights.shapes)} {said}"))
     problems = coverage_problems(found.moves, found.zeros, plan, weights, tree)
-    found.problems += [problem for problem in problems if problem.fact.split()[0].rstrip(":") not in told]
+    found.problems += collapsed(problem for problem in problems if problem.fact.split()[0].rstrip(":") not in told)
     if proposal.open and proposal.untraced:
         remedy = "compute in it with jax.numpy alone, and give jax.jit no compiler_options"
         found.problems.append(Problem(f"the call could not be followed: {proposal.untraced}", remedy))

@@ -139,7 +139,7 @@ def matched(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _file(path: str) -> tuple[Sequence[str], object]:
-    data = read_toml(path)
+    data = read_toml(path, "mapping")
     problems = [Problem(f"{path}: there is no {key}", "it has `ignore` and [mapping]") for key in data if key not in ("ignore", "mapping")]
     ignore = data.get("ignore", [])
     if not isinstance(ignore, list) or not all(isinstance(item, str) for item in ignore):

@@ -26,6 +26,7 @@ from shardconv.porting.sources import Weights
 from shardconv.porting.trees import Tree
 from shardconv.route import pieces
 
+NUMBER = re.compile(r"(?<![^._])[0-9]+(?![^._])")  # a whole part of a name: `layer.3.fc` and `Conv_3`, not `conv1`
 TABLES = {"linen": linen.TABLE, "nnx": nnx.TABLE, "equinox": equinox.TABLE}
 
 
@@ -186,14 +187,34 @@ def coverage_problems(moves: Sequence[Bound], zeros: set[str], plan: Plan, weigh
     return found
 
 
+def collapsed(problems: Iterable[Problem]) -> list[Problem]:
+    """One problem for three or more that differ in nothing but numbers in a name, such as a layer's.
+
+    >>> [problem.fact for problem in collapsed([Problem(f"layer.{n}.scale (8) goes nowhere") for n in range(12)])]
+    ['layer.0.scale (8) goes nowhere (and 11 more like it)']
+    """
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        name, _, rest = problem.fact.partition(" ")
+        groups.setdefault((NUMBER.sub("{}", name), rest), []).append(problem)
+    found = []
+    for (pattern, _), (first, *others) in groups.items():
+        name = first.fact.partition(" ")[0]
+        alike = Problem(f"{first.fact} (and {len(others)} more like it)", first.remedy.replace(f'"{name}"', f'"{pattern}"'))
+        found += [alike] if len(others) > 1 else [first, *others]
+    return found
+
+
 def _check_zeros_and_coverage(found: Resolved, plan: Plan, weights: Weights, tree: Tree, broken: set[str]) -> None:
     """Adds what is missing or left over, but for what another problem is about already."""
     told = " ".join(problem.fact for problem in found.problems)
+    more = []
     for problem in coverage_problems(found.moves, found.zeros, plan, weights, tree):
         name = problem.fact.split()[0].rstrip(":")
         layer = name.rpartition(".")[0]
         if name not in broken | found.told and name not in told and not (layer and f"{layer} (" in told):
-            found.problems.append(problem)
+            more.append(problem)
+    found.problems += collapsed(more)
 
 
 def mask_problems(moves: Sequence[Bound], weights: Weights) -> dict[str, str]:
