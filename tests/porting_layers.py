@@ -80,15 +80,19 @@ GROUP_NORM = Case(
     },
 )
 TRACKED = replace(batch_norm_case(2), module=lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True))
-INSTANCE_NORM = Case(
-    lambda: nn.InstanceNorm2d(12, affine=True),
-    (X12,),
-    {
-        "linen": lambda: in_linen(linen.InstanceNorm(epsilon=1e-5), X12, channels=True),
-        "nnx": lambda: in_nnx(lambda: nnx.InstanceNorm(12, epsilon=1e-5, rngs=rngs()), channels=True),
-        "equinox": lambda: in_equinox(lambda: eqx.nn.GroupNorm(12, 12)),
-    },
-)
+
+
+def instance_norm_case(rank: int) -> Case:
+    x = numbers(2, 12, *SIZES[rank])
+    return Case(
+        lambda: getattr(nn, f"InstanceNorm{rank}d")(12, affine=True),
+        (x,),
+        {
+            "linen": lambda: in_linen(linen.InstanceNorm(epsilon=1e-5), x, channels=True),
+            "nnx": lambda: in_nnx(lambda: nnx.InstanceNorm(12, epsilon=1e-5, rngs=rngs()), channels=True),
+            "equinox": lambda: in_equinox(lambda: eqx.nn.GroupNorm(12, 12)),
+        },
+    )
 
 
 # Attention and recurrence
@@ -210,12 +214,15 @@ CASES: Mapping[str, Case] = {
     **PRODUCTS,
     **{f"BatchNorm{rank}d": batch_norm_case(rank) for rank in (1, 2, 3)},
     "BatchNorm2d, not affine": batch_norm_case(2, affine=False),
+    "SyncBatchNorm": replace(batch_norm_case(2), module=lambda: nn.SyncBatchNorm(6)),
     "LayerNorm": layer_norm_case(8),
     "LayerNorm, no bias": layer_norm_case(8, bias=False),
     "LayerNorm, two dims": layer_norm_case(5, 8),
     "RMSNorm": RMS_NORM,
     "GroupNorm": GROUP_NORM,
-    "InstanceNorm2d": INSTANCE_NORM,
+    "InstanceNorm1d": instance_norm_case(1),
+    "InstanceNorm2d": instance_norm_case(2),
+    "InstanceNorm3d": instance_norm_case(3),
     "InstanceNorm2d, running statistics": TRACKED,
     "MultiheadAttention": attention_case(),
     "MultiheadAttention, no bias": attention_case(biased=False),

@@ -177,6 +177,21 @@ def test_patches_times_a_matrix_are_a_convolution() -> None:
     assert abs(found.transpose(0, 3, 1, 2) - of_torch(conv, x)).max() < CLOSE
 
 
+@pytest.mark.parametrize("library", ["linen", "nnx", "equinox"])
+def test_the_linear_layer_of_gpt2_has_its_weight_the_other_way_round(library: str) -> None:
+    """The matrix is square, so that no shape says it."""
+    torch.manual_seed(0)
+    layer = shaken(pytest.importorskip("transformers.pytorch_utils").Conv1D(3, 3))
+    if library == "linen":
+        variables = shardconv.convert_module(layer, jax.eval_shape(linen.Dense(3).init, KEY, X), SAME)
+        found = linen.Dense(3).apply(variables, X)
+    elif library == "nnx":
+        found = shardconv.convert_module(layer, nnx.eval_shape(lambda: nnx.Linear(3, 3, rngs=rngs())), SAME)(X)
+    else:
+        found = jax.vmap(shardconv.convert_module(layer, eqx.filter_eval_shape(eqx.nn.Linear, 3, 3, key=KEY), SAME))(X)
+    assert abs(np.asarray(found) - of_torch(layer, X)).max() < CLOSE
+
+
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
 def test_a_cell_of_torch_is_a_cell(kind: Any) -> None:
     torch.manual_seed(0)
