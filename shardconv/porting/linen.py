@@ -120,7 +120,7 @@ RULES = {
     **{f"Conv{rank}d": conv(rank) for rank in (1, 2, 3)},
     **{f"ConvTranspose{rank}d": conv_transpose(rank) for rank in (1, 2, 3)},
     **{f"BatchNorm{rank}d": (BATCH_NORM,) for rank in (1, 2, 3)},
-    **{f"InstanceNorm{rank}d": (Rule(AFFINE), BATCH_NORM) for rank in (1, 2, 3)},  # with running statistics: batch norm
+    **{f"InstanceNorm{rank}d": (BATCH_NORM,) for rank in (1, 2, 3)},  # with running statistics it computes what batch norm does
     "SyncBatchNorm": (BATCH_NORM,),
     "LayerNorm": (Rule(AFFINE), *BARE["LayerNorm"]),
     "GroupNorm": (Rule(AFFINE),),
