@@ -64,12 +64,11 @@ def axes(uses: Uses, name: str) -> set[tuple[int | str, ...]]:
 def before(uses: Uses) -> dict[str, str]:
     """For each array that comes after any, all that do, and `*` for each product of two results."""
     names = {node: name if layer is None else f"{name}{layer}" for (name, layer), node in uses.nodes.items()}
-    marked = {node: name or "*" for node, name in names.items() if (uses.nodes, name)}
     products = set(uses.products)
     found = {}
     for node, name in names.items():
         if node not in products and uses.before[node]:
-            found[name] = " ".join(sorted("*" if other in products else marked[other] for other in uses.each(uses.before[node])))
+            found[name] = " ".join(sorted("*" if other in products else names[other] for other in uses.each(uses.before[node])))
     return found
 
 

@@ -24,6 +24,7 @@ from shardconv.porting.uses import Atom, Uses
 Options = Mapping[str, Sequence[str]]  # layers, and the places that each may have
 # What is compared of two runs, beside the order of their arrays: all of it, or what is left of that.
 SAID = (frozenset({"products", "summed", "bent"}), frozenset({"products", "bent"}), frozenset({"products"}), frozenset[str]())
+Numbers = dict[tuple[str, int], int]
 SPACE = {1: "w", 2: "hw", 3: "dhw"}
 
 
@@ -88,9 +89,12 @@ class Flow:
         self, options: Options, layers: Mapping[str, Members], places: Mapping[str, Members], settled: Mapping[str, str]
     ) -> Options:
         """The places that each layer may still have when those in `settled` have theirs; `options` where the orders differ."""
+        parts = {place for place in places if not _is_whole(place, places)} | set(settled.values())
         for said in SAID:
             for contracting in (False, True):
-                found = self._narrowed(options, layers, places, settled, said, contracting)
+                kept = {layer: [place for place in found if place not in parts] for layer, found in options.items()}
+                kept |= {layer: [place] for layer, place in settled.items()}
+                found = self._narrowed(options, kept, layers, places, said, contracting)
                 options = options if found is None else found
                 if found is not None and all(len(places) < 2 for places in options.values()):
                     return options
@@ -99,18 +103,18 @@ class Flow:
     def _narrowed(
         self,
         options: Options,
+        kept: Options,
         layers: Mapping[str, Members],
         places: Mapping[str, Members],
-        settled: Mapping[str, str],
         said: frozenset[str],
         contracting: bool,
     ) -> Options | None:
-        """As `narrowed`, by what is in `said`, of all arrays or of those that are contracted; None where it differs."""
-        kept = {layer: [place for place in found if _is_whole(place, places)] for layer, found in options.items()}
+        """As `narrowed`, by what is in `said`, of all arrays or of those that are contracted; None where it differs. `kept` are the options
+        without places that are taken, or parts of others."""
         there: list[tuple[object, int]] = []
         here: list[tuple[object, int]] = []
-        at: dict[tuple[str, int], int] = {}  # the place of a layer's or a place's member among the nodes of its side
-        for group, (some, fitting) in enumerate(_components({**kept, **{layer: [place] for layer, place in settled.items()}})):
+        at: tuple[Numbers, Numbers] = {}, {}  # where each layer's and each place's members are in these
+        for group, (some, fitting) in enumerate(_components(kept)):
             sizes = {len(layers[layer].arrays) for layer in some}
             stacked = {layers[layer].stacked for layer in some}
             if len(some) != len(fitting) or len(sizes) != 1 or len(stacked) != 1:
@@ -124,10 +128,10 @@ class Flow:
             known += [self.jax.contracts(places[place].arrays) for place in fitting]
             if contracting and not all(known):
                 continue
-            for nodes, masks in ((there, bits), (here, others)):
+            for nodes, numbered, masks in ((there, at[0], bits), (here, at[1], others)):
                 for name, each in masks.items():
                     for number, mask in enumerate(each):
-                        at[name if nodes is there else f"\0{name}", number] = len(nodes)
+                        numbered[name, number] = len(nodes)
                         nodes.append(((group, number), mask))
         if "products" in said:
             there += [("product", 1 << node) for node in self.torch.products]
@@ -136,16 +140,13 @@ class Flow:
         if colours is None:
             return None
         left, right = colours
-        found = {}
+        of_layer = {member: left[node] for member, node in at[0].items()}
+        of_place = {member: right[node] for member, node in at[1].items()}
+        found = {layer: list(listed) for layer, listed in options.items()}
         for layer, listed in options.items():
-            found[layer] = list(listed)
-            if (layer, 0) in at:
-                numbers = range(len(layers[layer].arrays))
-                found[layer] = [
-                    place
-                    for place in listed
-                    if (f"\0{place}", 0) in at and all(left[at[layer, k]] == right[at[f"\0{place}", k]] for k in numbers)
-                ]
+            if (layer, 0) in of_layer:
+                count = range(len(layers[layer].arrays))
+                found[layer] = [place for place in listed if all(of_place.get((place, k)) == of_layer[layer, k] for k in count)]
         return found if all(found[layer] or not options[layer] for layer in options) else None
 
 
