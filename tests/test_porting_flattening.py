@@ -138,8 +138,8 @@ def test_what_is_not_flattened_is_not_warned_of() -> None:
     shapes = jax.eval_shape(Pooled().init, KEY, jnp.zeros((1, 6, 8, 3)))
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5), nn.Linear(5, 8), nn.Linear(8, 8))
     shardconv.convert_module(module, shapes, ignore=[])
-    state = {"0.weight": np.zeros((4, 3, 3, 3)), "1.weight": np.zeros((5, 24))}
-    shardconv.convert_module(state, {"conv": {"weight": np.ones((4, 3, 3, 3))}, "head": np.ones((24, 5))})
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Linear(24, 5, bias=False))
+    shardconv.convert_module(bare, {"conv": {"weight": np.ones((4, 3, 3, 3))}, "head": np.ones((24, 5))})
     both, _, _ = flat("equinox", False)
     shardconv.convert_module(flat_net(), both)
     for turned in (False, True):
