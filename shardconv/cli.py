@@ -237,6 +237,7 @@ def layouts() -> None:
     table = Table("layout", "what it is", box=None)
     for name, function in LAYOUTS.items():
         table.add_row(name, (sys.modules[function.__module__].__doc__ or "").partition("\n")[0])
+    table.add_row("module:make_model", "A model of your own, in Flax or Equinox, that the function makes; `init` proposes the mapping.")
     _console().print(table)
 
 

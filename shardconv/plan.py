@@ -21,7 +21,6 @@ from shardconv.chunks import choose_chunk, cut_order
 from shardconv.coverage import TIED, is_tied, require_covered
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.family import Layout, Model, Param, Slot
-from shardconv.flows import FLAT, Builder, Flow
 from shardconv.formats import ComputedTensor, StoredTensor, Tensor
 from shardconv.leaf import CHUNKS as CHUNKS
 from shardconv.leaf import Leaf as Leaf
@@ -30,6 +29,7 @@ from shardconv.leaf import leaf_pieces as leaf_pieces
 from shardconv.placement import Window, chunk_in_shard, cut_windows, memory, mesh_units, resident
 from shardconv.sharding import MeshRules, shards
 from shardconv.source import Source
+from shardconv.transfers import FLAT, Builder, Transfer
 from shardconv.units import READ_GAP as READ_GAP
 from shardconv.units import Span as Span
 from shardconv.units import Unit as Unit
@@ -140,17 +140,17 @@ def make_plan(source: Source, model: Model, layout: Layout, options: PlanOptions
     ignored = require_covered(model, source.tensors, tied, options.ignore)
     axes = {**model.axes, **layout.axes}
     params = {param.name: param for param in model.params if not (tied and param.name == TIED)}
-    flows = [_flow(slot, params[slot.param], model, axes, options) for slot in layout.slots if slot.param in params]
+    transfers = [_transfer(slot, params[slot.param], model, axes, options) for slot in layout.slots if slot.param in params]
     homeless = sorted(params.keys() - {slot.param for slot in layout.slots})
     ends = _tie_notes(model, source.tensors, tied, options.ends_equal, layout.when_tied)
-    plan = plan_flows(source, flows, layout.name, options, [Problem(f"{one} has no place in it", FLAT) for one in homeless])
+    plan = plan_transfers(source, transfers, layout.name, options, [Problem(f"{one} has no place in it", FLAT) for one in homeless])
     notes = (*source.notes, *_other_model(model), *ignored, *ends, *layout.notes, *plan.notes)
     return replace(plan, family=model.family.name, tied=tied, metadata=layout.metadata, notes=notes)
 
 
-def plan_flows(
+def plan_transfers(
     source: Source,
-    flows: Sequence[Flow],
+    transfers: Sequence[Transfer],
     layout: str,
     options: PlanOptions,
     problems: Sequence[Problem] = (),
@@ -163,7 +163,7 @@ def plan_flows(
     """
     computed = computed or {}
     builder = Builder({**source.tensors, **computed}, options.mesh, list(problems))
-    leaves = builder.merged(leaf for flow in flows for leaf in builder.leaves(flow))
+    leaves = builder.merged(leaf for transfer in transfers for leaf in builder.leaves(transfer))
     undivided = [misfit.problem(names, options.mesh) for misfit, names in builder.misfits.items()]
     if builder.problems:
         raise InputError(f"the {layout} layout cannot hold this checkpoint", builder.problems + undivided)
@@ -194,13 +194,13 @@ def computed_bytes(computed: Mapping[str, ComputedTensor]) -> int:
     return max((tensor.peak_bytes for tensor in computed.values()), default=0)
 
 
-def _flow(slot: Slot, param: Param, model: Model, axes: Axes, options: PlanOptions) -> Flow:
+def _transfer(slot: Slot, param: Param, model: Model, axes: Axes, options: PlanOptions) -> Transfer:
     """A parameter from where its family has it to where the layout wants it."""
     source, target = param.address(axes), address(slot.name, slot.dims, axes, slot.part)
     if source.sizes != target.sizes:
         raise ValueError(f"{slot.param}: [{param.key} {param.dims}] and [{slot.name} {slot.dims}] are not over the same axes")
     scale, shift = model.facts[slot.scale] if slot.scale else 1.0, model.facts[slot.shift] if slot.shift else 0.0
-    return Flow(param.name, source, target, slot.name, axes, slot.dtype or options.dtype, ValueRule(scale, shift))
+    return Transfer(param.name, source, target, slot.name, axes, slot.dtype or options.dtype, ValueRule(scale, shift))
 
 
 def _limit(leaves: Sequence[Leaf], options: PlanOptions, computed: int) -> int:

@@ -156,7 +156,7 @@ def test_families() -> None:
 def test_layouts() -> None:
     code, out, _ = type_in("layouts")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["layout", "flat", "maxtext"]
+    assert [line.split()[0] for line in out.splitlines()] == ["layout", "flat", "maxtext", "module:make_model"]
     assert "MaxText's parameter tree" in out
 
 

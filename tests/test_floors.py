@@ -41,7 +41,7 @@ FLOORS: Mapping[str, int] = {
     "shardconv.coverage": 3,
     "shardconv.leaf": 3,
     "shardconv.units": 3,
-    "shardconv.flows": 3,
+    "shardconv.transfers": 3,
     "shardconv.placement": 3,
     "shardconv.plan": 3,
     "shardconv.sinks": 4,

@@ -126,8 +126,9 @@ def made(asked: Asked) -> Made:
         found = fitted(weights, tree, asked.mapping, asked.ignore, None)
     if found.problems:
         raise InputError(UNFIT, found.problems)
-    moves = tuple(dict.fromkeys(one.move for one in found.moves))
-    return Made(targets(tree), moves, (*notes, *(str(doubt.message) for doubt in doubts)))
+    order = {name: place for place, name in enumerate(tree.leaves)}  # the model's, so that a plan is the same in every process
+    moves = sorted(found.moves, key=lambda one: (min(order[name] for name, _ in one.target.keys()), one.move.into, str(one.move)))
+    return Made(targets(tree), tuple(dict.fromkeys(one.move for one in moves)), (*notes, *(str(doubt.message) for doubt in doubts)))
 
 
 def proposed(asked: Asked) -> Proposed:

@@ -1,4 +1,4 @@
-"""A plan for a layout of the user's own: the moves that fill a model's arrays, as flows.
+"""A plan for a layout of the user's own: the moves that fill a model's arrays, as transfers.
 
 What an expression makes of tensors becomes a computed tensor, which is read like any other; a number that fills an array is one too, of no
 inputs. Mesh rules go by the names of axes that the mapping has, and those that layer rules have: `o i h w` of a convolution.
@@ -9,26 +9,26 @@ from dataclasses import dataclass, replace
 
 from shardconv.coverage import rule_of
 from shardconv.dtypes import dtype_named, dtype_of_code
-from shardconv.flows import Flow
 from shardconv.formats import ComputedTensor
-from shardconv.plan import Plan, PlanOptions, plan_flows
+from shardconv.plan import Plan, PlanOptions, plan_transfers
 from shardconv.porting.folding import FOLDS, Call, Expression, names, parsed
 from shardconv.porting.making import Made, Target
 from shardconv.porting.moves import Bound, bound
 from shardconv.source import Source, StoredTensor
+from shardconv.transfers import Transfer
 from shardconv.values import is_float
 
 MOVING = ("block_diagonal", "flip", "masked")  # functions whose results are numbers of the first argument, or zeros
 
 
 def plan_made(source: Source, made: Made, layout: str, options: PlanOptions) -> Plan:
-    """Plans what fills the arrays of the user's model; raises what `plan_flows` raises."""
+    """Plans what fills the arrays of the user's model; raises what `plan_transfers` raises."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     arrays = {name: target.shape for name, target in made.arrays.items()}
     sides = _Sides(source.tensors, made.arrays, options.dtype)
     moves = [bound(move, shapes, arrays) for move in made.moves]
     computed = {name: tensor for one in moves for name, tensor in sides.computed(one).items()}
-    plan = plan_flows(source, [sides.flow(one) for one in moves], layout, options, computed=computed)
+    plan = plan_transfers(source, [sides.transfer(one) for one in moves], layout, options, computed=computed)
     return replace(plan, notes=(*source.notes, *_ignored(source.tensors, options.ignore), *made.notes, *plan.notes))
 
 
@@ -45,10 +45,10 @@ class _Sides:
     arrays: Mapping[str, Target]
     dtype: str
 
-    def flow(self, one: Bound) -> Flow:
-        """A move as a flow."""
+    def transfer(self, one: Bound) -> Transfer:
+        """A move as a transfer."""
         filled = [name for name, _ in one.target.keys()]
-        return Flow(
+        return Transfer(
             param=one.move.source,
             source=one.source,
             target=one.target,

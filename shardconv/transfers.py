@@ -1,7 +1,7 @@
-"""Flows: what fills the arrays of a target tree, and the leaves that it makes.
+"""Transfers: what fills the arrays of a target tree, and the leaves that it makes.
 
-A flow is two addresses over the same axes, of which a family and a layout give one for each parameter, and a user's mapping one for each
-move. Leaves that several flows fill, side by side, are one leaf of several parts. What is wrong with any of it is collected.
+A transfer is two addresses over the same axes: a family and a layout give one for each parameter, a user's mapping one for each move.
+Leaves that several transfers fill, side by side, are one leaf of several parts. What is wrong with any of it is collected.
 """
 
 import math
@@ -22,7 +22,7 @@ FLAT = 'use target.layout = "flat"'
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
+class Transfer:
     """Elements on their way: `param` from the tensors of `source` to the arrays of `target`, over `axes`.
 
     `template` names the arrays for people, `paths` says where in the tree each is, by name, if it is not the name's own parts. `dtype` is
@@ -42,7 +42,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes leaves of flows, each of one chunk yet, and collects what is wrong with them."""
+    """Makes leaves of transfers, each of one chunk yet, and collects what is wrong with them."""
 
     stored: Mapping[str, Tensor]
     mesh: MeshRules
@@ -50,31 +50,31 @@ class Builder:
     misfits: dict[Misfit, set[str]] = field(default_factory=dict)
     yielded: dict[tuple[str, str, str], set[str]] = field(default_factory=dict)
 
-    def leaves(self, flow: Flow) -> Iterator[Leaf]:
-        """The leaves that a flow fills: one, or one for each index in its name."""
-        source, target = flow.source, flow.target
-        spec = partition(target, flow.axes, self.mesh)
-        self._split(flow)
+    def leaves(self, transfer: Transfer) -> Iterator[Leaf]:
+        """The leaves that a transfer fills: one, or one for each index in its name."""
+        source, target = transfer.source, transfer.target
+        spec = partition(target, transfer.axes, self.mesh)
+        self._split(transfer)
         codes = {key: self.stored[key].dtype for key, _ in source.keys()}
         plain = len(set(codes.values())) == 1
         wrong: dict[Problem, list[str]] = {}
         for name, index in target.keys():
             used = set(codes.values()) if plain else {codes[key] for key, at in source.keys() if _agree(at, index)}
-            part = Part(flow.param, tuple(sorted(used)), source, target, index, flow.rule)
-            if problem := _disagreement(part, flow.dtype):
+            part = Part(transfer.param, tuple(sorted(used)), source, target, index, transfer.rule)
+            if problem := _disagreement(part, transfer.dtype):
                 wrong.setdefault(problem, []).append(name)
             else:
-                yield _whole_leaf(flow, name, part, spec)
+                yield _whole_leaf(transfer, name, part, spec)
         for problem, names in wrong.items():
             said = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
             self.problems.append(Problem(f"{said} {problem.fact}", problem.remedy))
 
-    def _split(self, flow: Flow) -> None:
+    def _split(self, transfer: Transfer) -> None:
         """Collect what the mesh rules do not do as they are written, with the arrays in which."""
-        names = [name for name, _ in flow.target.keys()]
-        for misfit in misfits(flow.target, flow.axes, self.mesh):
+        names = [name for name, _ in transfer.target.keys()]
+        for misfit in misfits(transfer.target, transfer.axes, self.mesh):
             self.misfits.setdefault(misfit, set()).update(names)
-        for rule in yielded(flow.target, flow.axes, self.mesh):
+        for rule in yielded(transfer.target, transfer.axes, self.mesh):
             self.yielded.setdefault(rule, set()).update(names)
 
     def merged(self, leaves: Iterable[Leaf]) -> tuple[Leaf, ...]:
@@ -95,13 +95,13 @@ class Builder:
         return tuple(found.values())
 
 
-def _whole_leaf(flow: Flow, name: str, part: Part, spec: Spec) -> Leaf:
+def _whole_leaf(transfer: Transfer, name: str, part: Part, spec: Spec) -> Leaf:
     """A leaf of one chunk."""
-    shape, dtype = part.target.shape, _dtype(part, flow.dtype)
-    exact = flow.exact and all(is_exact(part.rule, dtype_of_code(code), dtype_named(dtype)) for code in part.dtypes)
+    shape, dtype = part.target.shape, _dtype(part, transfer.dtype)
+    exact = transfer.exact and all(is_exact(part.rule, dtype_of_code(code), dtype_named(dtype)) for code in part.dtypes)
     zeros = math.prod(shape) - math.prod(digit.size for dim in part.target.dims for digit in dim)
-    path = flow.paths.get(name) or tuple(name.split("."))
-    return Leaf(path, flow.template, shape, dtype, shape, shape, spec, (part,), exact, zeros)
+    path = transfer.paths.get(name) or tuple(name.split("."))
+    return Leaf(path, transfer.template, shape, dtype, shape, shape, spec, (part,), exact, zeros)
 
 
 def _apart(a: Address, b: Address) -> bool:
