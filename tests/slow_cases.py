@@ -62,7 +62,7 @@ KEPT: Mapping[str, tuple[str, ...]] = {
     "test_porting_examples.py::test_resnet": ("small",),
     "test_porting_examples.py::test_dinov3": ("two layers",),
     "test_porting_examples.py::test_the_config_for_dinov3": ("nnx-Hugging Face",),
-    "test_porting_examples.py::test_what_names_do_not_say_of_dinov3_is_open": (),
+    "test_porting_examples.py::test_names_and_shapes_say_all_of_dinov3": ("nnx",),
     "test_porting_layers.py::test_a_layer_computes_what_torch_does": (
         *("Linear-", "Embedding", "Conv2d-", "Conv3d, groups", "circular-", "replicate", "dilated-linen"),
         *("k=4 s=2 p=1-", "Transpose2d, groups"),

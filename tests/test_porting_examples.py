@@ -223,20 +223,13 @@ def test_the_config_for_dinov3(library: str, names: str, tmp_path: Path, monkeyp
     assert all(np.array_equal(a, b) for a, b in zip(leaves_of(found), leaves_of(expected), strict=True))
 
 
-TOKENS = ("class_token", "registers", "mask_token")  # they have other shapes, and the scales names that say something else
-
-
-def test_what_names_do_not_say_of_dinov3_is_open(tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["nnx", "equinox"])
+def test_names_and_shapes_say_all_of_dinov3(library: str, tmp_path: Path) -> None:
     module, sizes = hugging_face(2)
     module.save_pretrained(tmp_path)
-    text = shardconv.propose_mapping(tmp_path, model_of("nnx", sizes))
-    scales = {f"blocks.{block}.scale{n}": f"layer.{block}.layer_scale{n}.lambda1" for block in (0, 1) for n in (1, 2)}
-    assert {line.split('"')[1] for line in text.splitlines() if line.startswith('# "')} == {*TOKENS, *scales}
-    by_hand = tomllib.loads((EXAMPLES / "dinov3_nnx.toml").read_text())["mapping"]
-    completed = {**tomllib.loads(text)["mapping"], **{name: by_hand[name] for name in TOKENS}, **scales}
-    models = [shardconv.convert_module(tmp_path, model_of("nnx", sizes), mapping) for mapping in (completed, by_hand)]
-    leaves = [jax.tree.leaves(nnx.state(model)) for model in models]
-    assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
+    models = [shardconv.convert_module(tmp_path, model_of(library, sizes), by) for by in (None, EXAMPLES / f"dinov3_{library}.toml")]
+    leaves = [leaves_of(model) for model in models]
+    assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True)) and len(leaves[0]) > 20
 
 
 def test_a_mask_that_was_not_loaded_is_refused() -> None:

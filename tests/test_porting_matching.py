@@ -281,6 +281,39 @@ def test_a_square_parameter_may_be_on_either_side() -> None:
         assert np.array_equal(found["up"], state["up.weight"] if other else state["up.weight"].T)
 
 
+BARE = {"embed.cls_token": (1, 1, 8), "embed.mask_token": (1, 1, 8), "rope.freq": (4,)}
+BARE |= {"block.0.scale1.gamma": (8,), "block.1.scale1.gamma": (8,)}
+
+
+def bare(*names: str) -> dict[str, Any]:
+    """A model with arrays of no layer: two tokens, two scales and a vector, under these names."""
+    shapes = [(8,), (8,), (4,), (8,), (8,)]
+    return nested({name: np.zeros(shape, np.float32) for name, shape in zip(names, shapes, strict=True)})
+
+
+def test_parameters_of_no_layer_go_by_their_names_and_shapes() -> None:
+    state = {name: numbers(*shape) + place for place, (name, shape) in enumerate(BARE.items())}
+    model = bare("class_token", "mask_token", "rope", "blocks.0.scale1", "blocks.1.scale1")
+    found = shardconv.convert_module(state, model)["params"]
+    for place, name in zip(("class_token", "mask_token", "rope"), ("embed.cls_token", "embed.mask_token", "rope.freq"), strict=True):
+        assert np.array_equal(found[place], state[name].reshape(-1))
+    assert np.array_equal(found["blocks"]["1"]["scale1"], state["block.1.scale1.gamma"])
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        (("class_token", "mask_token", "bands", "blocks.0.scale1", "blocks.1.scale1"), {"bands"}),  # it alone is of its shape
+        (("class_token", "mask_token", "rope", "a.gain", "b.gain"), {"a.gain", "b.gain"}),
+        (("a.token", "b.token", "rope", "blocks.0.scale1", "blocks.1.scale1"), {"a.token", "b.token"}),
+    ],
+)
+def test_a_name_that_says_nothing_leaves_a_parameter_open(names: tuple[str, ...], left: set[str]) -> None:
+    state = {name: numbers(*shape) + place for place, (name, shape) in enumerate(BARE.items())}
+    lines = shardconv.propose_mapping(state, bare(*names)).splitlines()
+    assert {line.split('"')[1] for line in lines if line.startswith('# "')} == left
+
+
 def mlp(*widths: int) -> tuple[dict[str, Array], dict[str, Any]]:
     """A state dict and an empty model whose names say nothing, for layers from width to width."""
     sides = list(pairwise(widths))

@@ -8,7 +8,7 @@
     landing       arrays made of tensors
     sources       tensors, of a module or a state dict; `trees`, arrays of the user's model and back
     mapping       what a user says of which part is which; `matching`, what is proposed where nobody does
-    stacks        layers that a model keeps in one array
+    stacks        layers that a model keeps in one array; `bare`, parameters that are in no layer
     uses          what a model does with its arrays, from one run: `torch_uses`, `jax_uses`; `flow`, what two runs have in common
     flattening    where channels may be flattened in another order
     resolving     all of that made into moves, and everything that is wrong

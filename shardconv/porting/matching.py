@@ -16,9 +16,10 @@ have in common that make the model compute what PyTorch does. What the flow has 
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
+from shardconv.porting.bare import apart, bare_move
 from shardconv.porting.flattening import Suspect, suspects
 from shardconv.porting.flow import Flow, Members
 from shardconv.porting.folding import names
@@ -40,6 +41,7 @@ SYNONYMS = {
     "batchnorm": "norm",
     "bn": "norm",
     "classifier": "head",
+    "cls": "class",
     "conv2d": "conv",
     "dense": "fc",
     "down": "downsample",
@@ -53,6 +55,8 @@ SYNONYMS = {
     "out": "o",
     "output": "o",
     "q": "query",
+    "registers": "register",
+    "tokens": "token",
     "v": "value",
     **dict.fromkeys("batch block blocks decoder encoder group h layer layers model module net proj self".split(), ""),
 }
@@ -204,10 +208,12 @@ def likeness(one: str, other: str) -> float:
 
 def _matcher(weights: Weights, tree: Tree, ignore: Sequence[str]) -> _Matcher:
     modules = list(dict.fromkeys(name[: dot.start()] for name in tree.leaves for dot in re.finditer(r"\.", name)))
-    known = {target.rpartition(".")[2] for rules in table_of(tree).rules.values() for rule in rules for target in rule.targets}
+    rows = [row for rules in table_of(tree).rules.values() for rule in rules for row in rule.rows]
+    known = {row.target.rpartition(".")[2] for row in rows}
+    stored = {name for row in rows for name in names(row.expression)}  # names of tensors that rules know
     bare = [name for name in tree.leaves if name.rpartition(".")[2] not in known]  # arrays that are no layer's
     kept = [name for name in weights.tensors if not matched(name, ignore)]
-    views = layers_of(kept, weights.kinds)
+    views = apart(layers_of(kept, weights.kinds), stored)
     there = stacks(views, weights.shapes)
     looks = {module: _look(module, tree) for module in ["", *modules, *bare]}
     misfits: set[object] = set()  # what a layer and a module that do not fit look like: most are many times there
@@ -228,10 +234,21 @@ def _matcher(weights: Weights, tree: Tree, ignore: Sequence[str]) -> _Matcher:
                 chosen[layer, module] = ways[0]
             elif (moves := alike(seen[-1], module, weights, tree, axis)) is not None:
                 found[module] = [moves]
+            elif alone := _bare(first, seen[-1], stored, module, weights, tree, axis):
+                found[module] = [[alone]]
         if found or (layer not in there and not all(name in weights.tied for one in seen[0].tensors.values() for name in names(one))):
             fits[layer] = found
     kept_stacks, fits = _one_or_all(there, fits)
     return _Matcher(weights, tree, views, kept_stacks, fits, fits, chosen)
+
+
+def _bare(first: Layer, layer: Layer, known: Set[str], array: str, weights: Weights, tree: Tree, stack: str) -> Bound | None:
+    """What fills an array of no layer, from a parameter of none, if their names have a word in common; `first` is the layer or, of a stack,
+    its first."""
+    shape = weights.shapes[names(next(iter(first.tensors.values())))[0]]
+    if not set(words(layer.name)[0]) & set(words(array)[0]):
+        return None
+    return bare_move(layer, known, shape, array, weights.shapes, tree.shapes, stack)
 
 
 def _one_or_all(there: Mapping[str, Stack], fits: Fits) -> tuple[dict[str, Stack], Fits]:
