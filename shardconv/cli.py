@@ -19,7 +19,7 @@ from rich.table import Table
 
 from shardconv import __version__
 from shardconv.budget import parse_size
-from shardconv.config import RunOptions, load_config
+from shardconv.config import Config, RunOptions, load_config
 from shardconv.door import Door, enter
 from shardconv.errors import ConfigError, Problem
 from shardconv.json_text import json_text
@@ -87,6 +87,18 @@ def _errors_in_log(json_logs: bool) -> Iterator[None]:
             event = {"time": round(time.time(), 3), "event": "error", "code": int(error.exit_code), "message": str(error)}
             typer.echo(json.dumps(event), err=True)
         raise
+
+
+def _require_use(config: Config, sample: str | None, trace: bool) -> None:
+    """Raises ConfigError for a flag of a check that is not made."""
+    mode, problems = config.check.mode, []
+    if sample is not None and mode in ("logits", "none"):
+        remedy = "it is for the weights: add --check all, or leave it out"
+        problems.append(Problem(f'--sample {sample}, and check.mode is "{mode}"', remedy))
+    if trace and mode in ("weights", "none"):
+        problems.append(Problem(f'--trace, and check.mode is "{mode}"', "it is for the logits: add --check logits, or leave it out"))
+    if problems:
+        raise ConfigError("a flag has nothing to do", problems)
 
 
 class _Output(Console):
@@ -161,6 +173,7 @@ def run(
     }
     with _errors_in_log(json_logs):
         loaded = load_config(config, [*(overrides or ()), *_said(flags), *_TRACED[trace]])
+        _require_use(loaded, sample, trace)
     from shardconv.conversion import run as convert
 
     options = RunOptions(restart=restart, overwrite=overwrite, verbosity=int(verbose) - int(quiet), json_logs=json_logs)
@@ -181,6 +194,7 @@ def verify(
     if check == "none":
         raise ConfigError("there is nothing to verify", [Problem("--check none", 'leave it out, or say "weights", "logits" or "all"')])
     loaded = load_config(config, [*(overrides or ()), *_said({"check.mode": check, "check.sample": sample}), *_TRACED[trace]])
+    _require_use(loaded, sample, trace)
     from shardconv.check_report import print_check
     from shardconv.checking import verify as compare
     from shardconv.verify.verdict import raise_if_unequal

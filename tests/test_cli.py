@@ -111,6 +111,20 @@ def test_a_config_error_is_a_report_on_stderr() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--check", "logits", "--sample", "9"], '--sample 9, and check.mode is "logits"\n      it is for the weights: add --check all'),
+        (["--trace"], '--trace, and check.mode is "weights"\n      it is for the logits: add --check logits'),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "verify"])
+def test_a_flag_of_a_check_that_is_not_made_is_refused(here: Path, command: str, words: list[str], said: str) -> None:
+    assert type_in("init", "tiny", "--layout", "flat", "--output", "x.toml")[0] == 0
+    code, out, err = type_in(command, "x.toml", *words)
+    assert (code, out, err) == (ExitCode.USAGE, "", f"error: a flag has nothing to do (1 problem):\n  {said}, or leave it out\n")
+
+
 def test_with_json_logs_a_config_error_is_an_event_too() -> None:
     code, out, err = type_in("run", "c.toml", "--json-logs", "--set", "target.scan_layer=true")
     event, report = err.split("\n", 1)
