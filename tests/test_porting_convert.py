@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ Array = np.ndarray[Any, Any]
 X = np.random.default_rng(0).standard_normal((2, *IMAGE)).astype(np.float32)
 LAST = np.moveaxis(X, 1, -1)
 SAME = {"": ""}
+PLAIN = {**SAME, "fc.kernel": "fc.weight: o i -> i o"}
 FOLDED = {**SAME, "fc.kernel": "fc.weight: o (c h w) -> (h w c) o; h=5, w=4"}
 CLOSE = 2e-6  # 80 products of about one, summed in float32 in another order; a fault comes to 0.1
 
@@ -66,16 +68,25 @@ def ran(model: Any) -> Array:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_linen_variables(net: Any, turned: bool) -> None:
-    found = shardconv.convert_module(net, linen_variables(turned), SAME if turned else FOLDED)
+    found = shardconv.convert_module(net, linen_variables(turned), PLAIN if turned else FOLDED)
     assert set(found) == {"params", "batch_stats"}
     y = np.asarray(LinenNet(turned).apply(found, jnp.asarray(LAST)))
     assert abs(y - expected(net)).max() < CLOSE
-    wrong = shardconv.convert_module(net, linen_variables(turned), FOLDED if turned else SAME)
+    wrong = shardconv.convert_module(net, linen_variables(turned), FOLDED if turned else PLAIN)
     assert abs(np.asarray(LinenNet(turned).apply(wrong, jnp.asarray(LAST))) - expected(net)).max() > 0.1
 
 
+def test_a_mapping_that_says_nothing_of_what_is_flattened_is_warned_of(net: Any) -> None:
+    said = (
+        'fc.kernel: if this takes 4 flattened channels, and the model has channels last, the line is "fc.kernel" = '
+        '"fc.weight: o (c h w) -> (h w c) o; c=4, h=.."; if not, say "fc.kernel" = "fc.weight: o i -> i o"'
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(said)}$"):
+        shardconv.convert_module(net, linen_variables(True), SAME)
+
+
 def test_linen_variables_may_be_frozen(net: Any) -> None:
-    found = shardconv.convert_module(net, FrozenDict(linen_variables(True)), SAME)
+    found = shardconv.convert_module(net, FrozenDict(linen_variables(True)), PLAIN)
     assert isinstance(found, FrozenDict)
     assert np.array_equal(found["batch_stats"]["bn1"]["mean"], net.bn1.running_mean.numpy())
 

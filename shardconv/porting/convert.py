@@ -8,6 +8,7 @@ from typing import Any
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.porting.agreement import Agreement
 from shardconv.porting.epsilons import other_epsilons
+from shardconv.porting.flattening import suspects
 from shardconv.porting.flow import Flow
 from shardconv.porting.folding import names
 from shardconv.porting.landing import landed
@@ -78,7 +79,10 @@ def fitted(weights: Weights, tree: Tree, mapping: Any, ignore: Sequence[str], ag
             warnings.warn(f"{name}: {suspect.said}", UserWarning, stacklevel=3)
         return found
     plan = read_mapping(mapping, list(tree.leaves))
-    return resolved(replace(plan, ignore=(*plan.ignore, *ignore)), weights, tree)
+    found = resolved(replace(plan, ignore=(*plan.ignore, *ignore)), weights, tree)
+    for name, suspect in suspects(found.choices).items() if not found.problems else ():
+        warnings.warn(f"{name}: {suspect.said}; if not, say {suspect.plain}", UserWarning, stacklevel=3)
+    return found
 
 
 def opened_model(model: Any) -> Tree:

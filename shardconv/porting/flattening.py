@@ -16,11 +16,12 @@ BETWEEN = ("BatchNorm", "SyncBatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm
 
 @dataclass(frozen=True)
 class Suspect:
-    """An array whose inputs may be flattened channels, and the line of a mapping for a model that has these last."""
+    """An array whose inputs may be flattened channels, and lines of a mapping: for a model that has these last, and for any other."""
 
     target: str
     channels: int
     line: str
+    plain: str
 
     @property
     def said(self) -> str:
@@ -34,15 +35,16 @@ def suspects(choices: Mapping[str, Choice | None]) -> dict[str, Suspect]:
     channels, axes = 0, ""
     for choice in choices.values():
         kind = choice.kind if choice is not None else ""
-        if choice is not None and kind in ("Conv1d", "Conv2d", "Conv3d", "Linear"):
-            weight = next(move for move in choice.moves if len(move.source.shape) > 1)
+        weight = next((move for move in choice.moves if len(move.source.shape) > 1), None) if choice is not None else None
+        if weight is not None and kind in ("Conv1d", "Conv2d", "Conv3d", "Linear"):
             if kind == "Linear":
                 inputs = weight.source.shape[1]
                 if channels and inputs > channels and inputs % channels == 0 and weight.move.dims == "o i":
                     turned = weight.move.to.replace("i", f"({axes.removeprefix('c ')} c)")
                     sizes = ", ".join([f"c={channels}", *(f"{axis}=.." for axis in axes.split()[1:-1])])
                     text = f'"{weight.move.target}" = "{weight.move.source}: o ({axes}) -> {turned}; {sizes}"'
-                    found[weight.move.target] = Suspect(weight.move.target, channels, text)
+                    plain = f'"{weight.move.target}" = "{weight.move}"'
+                    found[weight.move.target] = Suspect(weight.move.target, channels, text, plain)
                 channels = 0
             else:
                 is_turned = weight.move.dims != weight.move.to

@@ -32,11 +32,12 @@ TABLES = {"linen": linen.TABLE, "nnx": nnx.TABLE, "equinox": equinox.TABLE}
 
 @dataclass
 class Resolved:
-    """The moves, and modules of the model by the layer that is there; the tensors of which a part is known to be zeros that nothing needs;
-    what is wrong, and the tensors that this is about."""
+    """The moves, and by layer the module of the model where it is and the rule that fits; the tensors of which a part is known to be zeros
+    that nothing needs; what is wrong, and the tensors that this is about."""
 
     moves: list[Bound] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
     zeros: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
@@ -109,6 +110,7 @@ def _place(found: Resolved, placed: tuple[Pair, str], views: list[Layer], weight
     ways = [way for way in ways if way.rule.form == pair.form] if pair.form else ways
     if len(ways) == 1:
         found.moves += ways[0].moves
+        found.choices[one.name] = ways[0]
         found.problems += zero_problems(ways[0], weights)
         found.zeros |= {name for expression, _ in required_zeros(ways[0].rule, ways[0].layer) for name in names(expression)}
         return
