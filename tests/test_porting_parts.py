@@ -272,3 +272,67 @@ def test_a_key_and_value_of_attentions_own_are_refused(library: str) -> None:
     said = refusal(nn.MultiheadAttention(12, 3, add_bias_kv=True), layers[library](), SAME)
     names = {"linen": "Flax Linen", "nnx": "Flax NNX", "equinox": "Equinox"}
     assert f"      {names[library]}: its attention has no key and value of its own (add_bias_kv): write the layer with them" in said
+
+
+# Layers of a state dict, which says no classes, that their shapes do not tell from others
+
+
+class Projections(linen.Module):
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        return linen.Dense(24, name="c_fc")(linen.Dense(8, name="c_proj")(x))
+
+
+GPT2 = {"c_proj.weight": (8, 8), "c_proj.bias": (8,), "c_fc.weight": (8, 24), "c_fc.bias": (24,)}
+
+
+def test_a_square_among_weights_that_lie_the_other_way_round_is_not_guessed() -> None:
+    state = {name: np.ones(shape, np.float32) for name, shape in GPT2.items()}
+    model = jax.eval_shape(Projections().init, jax.random.key(0), jnp.ones((1, 8)))
+    with pytest.raises(InputError) as caught:
+        shardconv.convert_module(state, model, {"": ""})
+    assert str(caught.value) == (
+        "the checkpoint does not fit the model (1 problem):\n"
+        "  c_proj (weight (8, 8), bias (8)) fits c_proj as Linear, or as Conv1D, which c_fc is\n"
+        '      say which: "c_proj" = "c_proj: Conv1D"'
+    )
+    with pytest.raises(InputError, match=r"open: c_proj \(weight \(8, 8\), bias \(8\)\) fits c_proj as Linear, or as Conv1D\n"):
+        shardconv.convert_module(state, model)
+    assert '"c_fc.kernel" = "c_fc.weight"\n' in shardconv.propose_mapping(state, model)
+    shardconv.convert_module(state, model, {"": "", "c_proj": "c_proj: Conv1D"})
+    plain = {**state, "c_fc.weight": np.ones((24, 8), np.float32)}  # torch's Linear throughout: nothing to ask
+    shardconv.convert_module(plain, model, {"": ""})
+
+
+def test_a_kernel_whose_name_says_transposed_is_not_taken_for_a_convolution() -> None:
+    class Up(linen.Module):
+        name_of_layer: str
+
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            return linen.ConvTranspose(6, (2, 2), (2, 2), name=self.name_of_layer)(x)
+
+    for name, asked in (("up", True), ("deconv1", True), ("conv_transpose", True), ("upsample", True), ("upper", False), ("conv", False)):
+        model = jax.eval_shape(Up(name).init, jax.random.key(0), jnp.ones((1, 4, 4, 6)))
+        state = {f"{name}.weight": np.ones((6, 6, 2, 2), np.float32), f"{name}.bias": np.ones(6, np.float32)}
+        for mapping in ({"": ""}, None):
+            if not asked:
+                shardconv.convert_module(state, model, mapping)
+                continue
+            with pytest.raises(InputError, match=f"fits {name} as Conv2d, or as ConvTranspose2d, transpose_kernel=False"):
+                shardconv.convert_module(state, model, mapping)
+
+
+def test_a_class_of_the_users_own_is_no_linear_by_its_shape() -> None:
+    class Mix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8))
+
+    model = {"params": {"mix": {"kernel": np.ones((8, 8), np.float32), "bias": np.ones(8, np.float32)}}}
+    with pytest.raises(InputError) as caught:
+        shardconv.convert_module(nn.ModuleDict({"mix": Mix()}), model, {"mix": "mix"})
+    assert str(caught.value).splitlines()[1:] == [
+        "  mix (Mix: weight (8, 8), bias (8)) fits mix as Linear, or as Conv1D",
+        '      say which: "mix" = "mix: Linear"',
+    ]

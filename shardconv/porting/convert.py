@@ -122,7 +122,7 @@ def _certain(weights: Weights, tree: Tree, proposal: Proposal, ignore: Sequence[
     for one in proposal.open:
         told |= set(one.tensors)
         places = ", ".join(one.places[:SHOWN]) + (f" and {len(one.places) - SHOWN} more" if len(one.places) > SHOWN else "")
-        said = f"fits {places}" + (f", and {proposal.why}" if len(one.places) > 1 else "") if places else "fits nothing"
+        said = f"fits {places}" + (f", and {proposal.why}" if len(one.places) > 1 else one.how) if places else "fits nothing"
         if one.turned:
             said = f"fits {', '.join(one.turned[:SHOWN])} by its shapes, but is contracted along other axes than that is"
         found.problems.append(Problem(f"open: {described(one.layer, weights.shapes)} {said}"))

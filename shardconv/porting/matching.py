@@ -16,7 +16,7 @@ have in common that make the model compute what PyTorch does. What the flow has 
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from shardconv.porting.bare import apart, bare_move
@@ -69,12 +69,18 @@ BOTH = "neither its name nor the flow of both models says which"
 @dataclass(frozen=True)
 class Open:
     """A layer that has more than one place, or none, with the modules that it fits; `tensors` are all that are of it. `turned` are modules
-    that it fits by its shapes only: what they do with their arrays is something else."""
+    that it fits by its shapes only: what they do with their arrays is something else. `ways` are those in which it fits its only place."""
 
     layer: Layer
     tensors: tuple[str, ...]
     places: tuple[str, ...]
     turned: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ()
+
+    @property
+    def how(self) -> str:
+        """Of a layer that fits its only place in several ways, these in words."""
+        return f" as {', or as '.join(self.ways)}" if len(self.ways) > 1 else ""
 
 
 @dataclass
@@ -94,7 +100,8 @@ class Proposal:
         """The proposal as a mapping to edit; what is open is a comment."""
         remarks: dict[str, tuple[str, ...]] = {name: (suspect.said,) for name, suspect in self.suspects.items()}
         for name in self.empty:
-            fits = [one.layer.name for one in self.open if any(name == place or name.startswith(f"{place}.") for place in one.places)]
+            near = [one for one in self.open if any(name == place or name.startswith(f"{place}.") for place in one.places)]
+            fits = [one.layer.name + one.how for one in near]
             said = f"open: fits {', '.join(fits[:8])}{' and others' if len(fits) > 8 else ''}" if fits else "open: nothing fits"
             remarks[name] = (f"{said}; the array is {tree.shapes[name]}",)
         return written([move.move for move in self.moves], remarks, ignore)
@@ -113,7 +120,7 @@ class _Matcher:
     stacks: Mapping[str, Stack]
     fits: Fits
     shaped: Fits  # by shapes alone
-    chosen: dict[tuple[str, str], Choice]
+    chosen: dict[tuple[str, str], list[Choice]]
 
     def tensors(self, layer: str) -> list[list[str]]:
         """The names of a layer's tensors; of a stack those of each member."""
@@ -206,7 +213,8 @@ def likeness(one: str, other: str) -> float:
     return 2 * shared / (len(a) + len(b)) if a or b else 1.0
 
 
-def _matcher(weights: Weights, tree: Tree, ignore: Sequence[str]) -> _Matcher:
+def _matcher(weights: Weights, tree: Tree, ignore: Sequence[str], rare: Set[str] = frozenset()) -> _Matcher:
+    """What fits what. Where a layer of a state dict fits as nothing but transformers' Conv1D, square ones may be that too."""
     modules = list(dict.fromkeys(name[: dot.start()] for name in tree.leaves for dot in re.finditer(r"\.", name)))
     rows = [row for rules in table_of(tree).rules.values() for rule in rules for row in rule.rows]
     known = {row.target.rpartition(".")[2] for row in rows}
@@ -218,28 +226,37 @@ def _matcher(weights: Weights, tree: Tree, ignore: Sequence[str]) -> _Matcher:
     looks = {module: _look(module, tree) for module in ["", *modules, *bare]}
     misfits: set[object] = set()  # what a layer and a module that do not fit look like: most are many times there
     fits: Fits = {}
-    chosen: dict[tuple[str, str], Choice] = {}
+    chosen: dict[tuple[str, str], list[Choice]] = {}
     for layer, seen in [*views.items(), *((name, stack.views) for name, stack in there.items())]:
         found = {}
         first = there[layer].members[0] if layer in there else seen[-1]
         shapes = tuple((inner, str([weights.shapes[name] for name in names(one)])) for inner, one in first.tensors.items())
         own, axis = (layer in there, seen[0].kinds, shapes), AXIS if layer in there else ""
         for module, look in looks.items():
-            ways = [] if (own, look) in misfits else fitting_choices(seen, module, weights, tree, rare=False, stack=axis)
+            ways = [] if (own, look) in misfits else fitting_choices(seen, module, weights, tree, rare=False, stack=axis, seen=rare)
             ways = [way for way in ways if not (axis and way.rule.zeros)]
             if not ways:
                 misfits.add((own, look))
             if ways:
                 found[module] = [way.moves for way in ways]
-                chosen[layer, module] = ways[0]
+                chosen[layer, module] = ways
             elif (moves := alike(seen[-1], module, weights, tree, axis)) is not None:
                 found[module] = [moves]
             elif alone := _bare(first, seen[-1], stored, module, weights, tree, axis):
                 found[module] = [[alone]]
         if found or (layer not in there and not all(name in weights.tied for one in seen[0].tensors.values() for name in names(one))):
             fits[layer] = found
+    if not rare and any(_is_turned(views[layer], looks, weights, tree) for layer, found in fits.items() if not found and layer in views):
+        return _matcher(weights, tree, ignore, frozenset({"Conv1D"}))
     kept_stacks, fits = _one_or_all(there, fits)
     return _Matcher(weights, tree, views, kept_stacks, fits, fits, chosen)
+
+
+def _is_turned(views: Sequence[Layer], modules: Iterable[str], weights: Weights, tree: Tree) -> bool:
+    """Whether a layer of no known class fits some module as a Conv1D, and none otherwise."""
+    if views[0].kinds or "weight" not in views[0].tensors:
+        return False
+    return any(choice.kind == "Conv1D" for module in modules for choice in fitting_choices(views, module, weights, tree))
 
 
 def _bare(first: Layer, layer: Layer, known: Set[str], array: str, weights: Weights, tree: Tree, stack: str) -> Bound | None:
@@ -360,8 +377,10 @@ def _proposal(matcher: _Matcher, places: dict[str, str], moves: list[Bound] | No
             shown = matcher.stacks[layer].shown if layer in matcher.stacks else matcher.views[layer][0]
             tensors = tuple(name for member in matcher.tensors(layer) for name in member)
             turned = () if found else tuple(matcher.shaped[layer])
-            left.append(Open(shown, tensors, tuple(place for place in found if place not in taken), turned))
-    choices = {layer: matcher.chosen.get((layer, places[layer])) for layer in matcher.fits if layer in settled}
+            free = tuple(place for place in found if place not in taken)
+            forms = tuple(choice.name for choice in matcher.chosen.get((layer, free[0]), ())) if len(free) == 1 else ()
+            left.append(Open(shown, tensors, free, turned, forms))
+    choices = {layer: next(iter(matcher.chosen.get((layer, places[layer]), ())), None) for layer in matcher.fits if layer in settled}
     at = {name: places[layer] for layer in settled for name in _members(matcher, layer)}
     return Proposal(choices, moves, at, left, [name for name in matcher.tree.leaves if name not in filled])
 

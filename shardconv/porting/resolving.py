@@ -7,7 +7,7 @@ ignored, or the same memory as one that is used.
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from shardconv.porting.trees import Tree
 from shardconv.route import pieces
 
 NUMBER = re.compile(r"(?<![^._])[0-9]+(?![^._])")  # a whole part of a name: `layer.3.fc` and `Conv_3`, not `conv1`
+TRANSPOSED = re.compile(r"(?i)^ups?([0-9_]|conv|ampl|$)|deconv|transpose")  # what transposed convolutions are called: `up1`, `upsample`
 TABLES = {"linen": linen.TABLE, "nnx": nnx.TABLE, "equinox": equinox.TABLE}
 
 
@@ -70,8 +71,27 @@ def resolved(plan: Plan, weights: Weights, tree: Tree) -> Resolved:
             stacked |= {placed[1]} if placed[0].stack else set()
             found.places[name] = placed[1]
             _place(found, placed, left, weights, tree, claimed)
+    found.problems += square_problems(found, weights)
     _check_zeros_and_coverage(found, plan, weights, tree, broken)
     return found
+
+
+def square_problems(found: Resolved, weights: Weights) -> list[Problem]:
+    """Square weights that were taken as torch's Linear has them, in a checkpoint that has others the way round of transformers' Conv1D."""
+    unknown = {name: choice for name, choice in found.choices.items() if not choice.layer.kinds}
+    turned = [name for name, choice in unknown.items() if choice.kind == "Conv1D"]
+    squares = [choice for choice in unknown.values() if turned and choice.kind == "Linear" and _is_square(choice, weights)]
+    problems = []
+    for choice in squares:
+        place = found.places[choice.layer.name]
+        fact = f"{described(choice.layer, weights.shapes)} fits {place} as Linear, or as Conv1D, which {turned[0]} is"
+        problems.append(Problem(fact, f'say which: "{place}" = "{choice.layer.name}: Conv1D"'))
+    return collapsed(problems)
+
+
+def _is_square(choice: Choice, weights: Weights) -> bool:
+    shapes = [weights.shapes[name] for expression in choice.layer.tensors.values() for name in names(expression)]
+    return any(len(shape) == 2 and shape[0] == shape[1] for shape in shapes)
 
 
 def arrays_in(tree: Tree, module: str, claimed: Iterable[str] = ()) -> dict[str, str]:
@@ -90,12 +110,15 @@ def fitting_choices(
     claimed: Iterable[str] = (),
     rare: bool = True,
     stack: str = "",
+    seen: Set[str] = frozenset(),
 ) -> list[Choice]:
-    """All ways in which a layer fits a module of the model; `rare` and `stack` are those of `rules.choices`."""
+    """All ways in which a layer fits a module of the model; `rare`, `stack` and `seen` are those of `rules.choices`."""
     table = table_of(tree)
+    if any(TRANSPOSED.search(name.rpartition(".")[2]) for name in (views[0].name, module)):
+        seen = seen | {kind for kind in table.rules if kind.startswith("ConvTranspose")}
     there = tree.classes.get(module)
     meant = table.classes.get(type(there).__name__, ()) if there is not None else ()
-    found = choices(table, views, arrays_in(tree, module, claimed), weights.shapes, tree.shapes, meant, rare, stack)
+    found = choices(table, views, arrays_in(tree, module, claimed), weights.shapes, tree.shapes, meant, rare, stack, seen)
     turned = getattr(there, "transpose_kernel", None)
     return [choice for choice in found if turned is None or choice.rule.form.startswith(f"transpose_kernel={turned}")]
 

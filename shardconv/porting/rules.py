@@ -7,7 +7,7 @@ that compute the same; which one the model has shows in the names and shapes of 
 Rules have no layers' sizes: these follow from the shapes. A row whose tensors a layer does not have (`bias=False`) is left out.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -180,11 +180,13 @@ def choices(
     meant: Sequence[str] = (),
     rare: bool = True,
     stack: str = "",
+    seen: Set[str] = frozenset(),
 ) -> list[Choice]:
     """All that a layer's arrays may be filled by: the rules that fit it, in any of its views, and that do not all move the same.
 
     `meant` are the torch classes that the model's layer can stand for, if that is known. Where torch's is not, rare rules count only if no
-    other fits, and, without `rare`, only for classes that are meant.
+    other fits, and, without `rare`, only for classes that are meant; but those of classes in `seen`, which the checkpoint is known or
+    suspected to have, count as any other, and so do all for a class of the user's own, of which nobody knows what it does.
     """
     found: list[Choice] = []
     for view in views:
@@ -192,9 +194,8 @@ def choices(
             moves = fitting(rule, view, arrays, tensors, model, stack)
             if moves is not None and all(_addresses(moves) != _addresses(other.moves) for other in found):
                 found.append(Choice(kind, rule, view, moves))
-    usual = [choice for choice in found if not choice.rule.rare]
-    known = any(kind in table.rules for kind in views[0].kinds)
-    return found if known else usual or (found if rare or meant else [])
+    usual = [choice for choice in found if not choice.rule.rare or choice.kind in seen]
+    return found if views[0].kinds else usual or (found if rare or meant else [])
 
 
 def _addresses(moves: Iterable[Bound]) -> list[str]:
