@@ -39,7 +39,8 @@ from shardconv.verify.walking import Side
 Table = Callable[[Layout], Layout]
 Array = np.ndarray[Any, Any]
 
-SIZES = {**LLAMA, "vocab_size": 62, "num_hidden_layers": 4}
+# As many positions as the longest sequence that is asked by default has, and more: none is to be cut.
+SIZES = {**LLAMA, "vocab_size": 62, "num_hidden_layers": 4, "max_position_embeddings": 256}
 # One model for each family, each with what its published sizes have and tiny ones usually lack.
 FAMILIES: Mapping[str, dict[str, Any]] = {
     "llama": {**SIZES, "rope_scaling": LLAMA3, "rope_theta": 500.0, "tie_word_embeddings": True},

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from logit_cases import FAMILIES, LENGTHS, Array, Table, cases, exchanged, judged, kinds_exchanged, plan_of, side_of, slot, write
+from test_models import torch_model
 
 from shardconv.config import RunOptions, load_config
 from shardconv.conversion import run
@@ -26,8 +27,10 @@ from shardconv.verify.agreement import LogitReport
 from shardconv.verify.fetching import fetch
 from shardconv.verify.logit_request import Bounds, LogitRequest
 from shardconv.verify.logits import check
+from shardconv.verify.reference import load_reference
 from shardconv.verify.restoring import describe, mesh_of, restore
 from shardconv.verify.roundings import roundings
+from shardconv.verify.sample import random_sample, within
 from shardconv.verify.stored import Stored
 from shardconv.verify.walking import Side
 
@@ -178,6 +181,45 @@ def test_bounds_can_be_set_and_a_floor_is_taken_where_they_are_not(case: Any, tm
     assert judged(made, side, plan, Bounds(100.0, 100.0, 100.0)).report.same
     here = report.worst
     assert abs(here.found - here.reference) == pytest.approx(report.judged.max_abs)
+
+
+# How long sequences may be
+
+CUT = "sequences are cut to {}: faults of position encodings beyond do not show"
+CONFIGS: Mapping[str, tuple[dict[str, Any], list[int], str]] = {
+    "llama": ({"max_position_embeddings": 64}, [64, 64, 9], CUT.format("64 tokens, config.json's max_position_embeddings")),
+    "gpt2": ({"n_positions": 80, "n_ctx": 20}, [64, 80, 9], CUT.format("80 tokens, config.json's n_positions")),
+    "inside": (
+        {"max_position_embeddings": 8, "text_config": {"max_position_embeddings": 32}},
+        [32, 32, 9],
+        CUT.format("32 tokens, config.json's text_config.max_position_embeddings"),
+    ),
+    "long enough": ({"max_position_embeddings": 96}, [64, 96, 9], ""),
+    "without one": ({"vocab_size": 8, "max_position_embeddings": None, "n_positions": "32", "text_config": None}, [64, 96, 9], ""),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_sequence_is_longer_than_config_json_allows(name: str) -> None:
+    config, lengths, note = CONFIGS[name]
+    asked = (*random_sample(62, 0, (64, 96)), np.arange(9))
+    found, said = within(asked, config)
+    assert ([len(tokens) for tokens in found], said) == (lengths, note)
+    assert all(np.array_equal(one, whole[: len(one)]) for one, whole in zip(found, asked, strict=True))
+
+
+def test_what_the_pytorch_model_raises_is_a_report(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    sizes = {"model_type": "gpt2", "n_embd": 48, "n_head": 4, "n_layer": 3, "vocab_size": 61, "n_positions": 32}
+    torch_model(sizes).save_pretrained(tmp_path)
+    reference = load_reference(str(tmp_path), {})
+    with pytest.raises(CheckError) as caught:
+        list(reference.steps(random_sample(61, 0, (40,))))
+    assert str(caught.value) == (
+        "the PyTorch model cannot be run (1 problem):\n"
+        "  the embedding raised IndexError: index out of range in self\n"
+        "      see that config.json is of these weights, or compare the weights alone with --check weights"
+    )
 
 
 # Whole checks, and where the arrays lie

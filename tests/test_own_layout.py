@@ -161,6 +161,73 @@ def test_a_scanned_model_is_compared_by_its_own_forward(here: Path) -> None:
     assert specs["params.layers.attn.q"] == (None, "x", None, None)
 
 
+GPT2 = """
+import jax
+import jax.numpy as jnp
+
+SHAPES = {"wte": (61, 48), "wpe": (32, 48), "ln_f": {"scale": (48,), "bias": (48,)}, "h": {
+    "ln_1": {"scale": (3, 48), "bias": (3, 48)}, "ln_2": {"scale": (3, 48), "bias": (3, 48)},
+    "qkv": {"kernel": (3, 48, 144), "bias": (3, 144)}, "o": {"kernel": (3, 48, 48), "bias": (3, 48)},
+    "up": {"kernel": (3, 48, 192), "bias": (3, 192)}, "down": {"kernel": (3, 192, 48), "bias": (3, 48)}}}
+
+
+def make():
+    return jax.tree.map(jnp.zeros, SHAPES, is_leaf=lambda shape: isinstance(shape, tuple))
+
+
+def norm(p, x):
+    x = x - x.mean(-1, keepdims=True)
+    return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+
+def dense(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+@jax.jit
+@jax.numpy_rank_promotion("allow")
+def forward(params, tokens):
+    batch, length = tokens.shape
+    x = params["wte"][tokens] + params["wpe"][:length]
+    for number in range(3):
+        p = jax.tree.map(lambda leaf: leaf[number], params["h"])
+        q, k, v = jnp.split(dense(p["qkv"], norm(p["ln_1"], x)).reshape(batch, length, 3, 4, 12), 3, axis=2)
+        scores = jnp.einsum("bqnhd,bknhd->bhqk", q, k) / jnp.sqrt(12)
+        weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -jnp.inf))
+        heads = jnp.einsum("bhqk,bknhd->bqhd", weights, v)
+        x = x + dense(p["o"], heads.reshape(batch, length, 48))
+        x = x + dense(p["down"], jax.nn.gelu(dense(p["up"], norm(p["ln_2"], x))))
+    return norm(params["ln_f"], x) @ params["wte"].T
+"""
+PLACES = {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+GPT2_MAPPING = {
+    "wte": "transformer.wte.weight",
+    "wpe": "transformer.wpe.weight",
+    **{f"ln_f.{name}": f"transformer.ln_f.{key}" for name, key in (("scale", "weight"), ("bias", "bias"))},
+    **{
+        f"h.{norm}.{name}": f"transformer.h.{{layers}}.{norm}.{key}: embed -> layers embed"
+        for norm in ("ln_1", "ln_2")
+        for name, key in (("scale", "weight"), ("bias", "bias"))
+    },
+    **{f"h.{name}.kernel": f"transformer.h.{{layers}}.{place}.weight: in out -> layers in out" for name, place in PLACES.items()},
+    **{f"h.{name}.bias": f"transformer.h.{{layers}}.{place}.bias: out -> layers out" for name, place in PLACES.items()},
+}
+
+
+def test_sequences_are_no_longer_than_the_positions_that_there_are(here: Path) -> None:
+    pytest.importorskip("transformers")
+    sizes = {"model_type": "gpt2", "n_embd": 48, "n_head": 4, "n_layer": 3, "vocab_size": 61, "n_positions": 32}
+    torch_model(sizes).save_pretrained(here / "gpt2")
+    (here / "mapping.toml").write_text("[mapping]\n" + "\n".join(f'"{name}" = "{line}"' for name, line in GPT2_MAPPING.items()))
+    (here / "tiny_gpt2.py").write_text(GPT2)
+    report = run(config("tiny_gpt2:make", "source.path=gpt2", "check.mode=logits", "check.forward=tiny_gpt2:forward"), OPTIONS)
+    found = report["check"]["logits"]
+    assert found["equal"] and found["sequences"] == [32, 32, 32]
+    assert found["notes"] == [
+        "sequences are cut to 32 tokens, config.json's n_positions: faults of position encodings beyond do not show"
+    ]
+
+
 def test_damage_is_seen_in_what_is_computed_too(here: Path) -> None:
     run(config("own_models:nnx_model", "check.mode=none", "output.ocdbt=false", "output.zarr=2"), OPTIONS)
     chosen = config("own_models:nnx_model", "output.ocdbt=false", "output.zarr=2")

@@ -29,6 +29,8 @@ HINTS: Mapping[str, str] = {
 class LogitVerdict:
     """The verdict and all that it rests on. `blocks` and `divergence` are of a forward whose states are known, the package's own.
 
+    `cut` says of sequences that were cut what does not show, and is "" where none was.
+
     `unrouted` are the experts, by block, to which no judged position went, `unseen` all that no judged logit depends on, None where that
     was not looked for: `unsought` says why. `mesh` is what the checkpoint was restored onto; memory and seconds are of this process.
     """
@@ -37,6 +39,7 @@ class LogitVerdict:
     forward: str
     seed: int
     prompts: str | None
+    cut: str
     blocks: tuple[StepGap, ...]
     divergence: Divergence | None
     traced: bool
@@ -83,7 +86,7 @@ class LogitVerdict:
     @property
     def notes(self) -> tuple[str, ...]:
         """What to know of the comparison besides, in words."""
-        found = []
+        found = [self.cut] if self.cut else []
         if self.report.unjudged:
             total = sum(self.report.lengths)
             found.append(f"{self.report.unjudged:,} of {total:,} positions are not judged: before them a router's choice hung on noise")

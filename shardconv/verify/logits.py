@@ -36,7 +36,7 @@ from shardconv.verify.logit_request import Bounds, LogitRequest
 from shardconv.verify.logit_verdict import LogitVerdict
 from shardconv.verify.reference import Head, Reference, load_reference
 from shardconv.verify.restoring import Described, describe, restore
-from shardconv.verify.sample import prompt_sample, random_sample
+from shardconv.verify.sample import prompt_sample, random_sample, within
 from shardconv.verify.unseen import Unseen, unseen_of
 from shardconv.verify.walking import Side, Walked, end_gap, walk
 
@@ -48,7 +48,7 @@ def check(request: LogitRequest) -> LogitVerdict:
     """Compares the logits of a checkpoint with those of its source.
 
     Raises ConfigError where torch or a forward for the model is missing, InputError where the source's files do not hold the model,
-    CheckError where the layout's code could not read the checkpoint.
+    CheckError where the layout's code could not read the checkpoint, or the PyTorch model cannot be run.
     """
     start, cpu = time.perf_counter(), time.process_time()
     config = hf_config(request.source)
@@ -56,6 +56,7 @@ def check(request: LogitRequest) -> LogitVerdict:
     sample = random_sample(reference.architecture.vocab, request.seed, request.lengths)
     if request.prompts is not None:
         sample += prompt_sample(request.prompts, request.source)
+    sample, cut = within(sample, config)
     devices = jax.devices()
     described = describe(request.checkpoint, devices)
     unseen: tuple[Unseen, ...] | None
@@ -81,6 +82,7 @@ def check(request: LogitRequest) -> LogitVerdict:
         forward=request.forward,
         seed=request.seed,
         prompts=request.prompts,
+        cut=cut,
         blocks=found.gaps,
         divergence=found.divergence if request.trace or not found.report.same else None,
         traced=request.trace,

@@ -11,13 +11,15 @@ A weight that the files lack would be made up by transformers, and the compariso
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shardconv.errors import ConfigError, InputError, Problem
+from shardconv.errors import CheckError, ConfigError, InputError, Problem
+from shardconv.user_code import said
 from shardconv.verify import apart, noise
 from shardconv.verify.logit_request import Rounding
 from shardconv.verify.noise import HALF, ORDERS, PLAIN, ROUNDED, computing
@@ -70,7 +72,8 @@ class Reference:
     problems: list[Problem] = field(default_factory=list)
 
     def steps(self, sample: Sequence[Tokens], *, trace: bool = False) -> Iterator[Step]:
-        """All steps but the last; raises InputError at the end where the files do not hold exactly the model's weights.
+        """All steps but the last; raises CheckError for one that cannot be run, InputError at the end where the files do not hold exactly
+        the model's weights.
 
         With `trace` a block stays in memory until its step is dropped.
         """
@@ -120,7 +123,7 @@ class Reference:
             if run == PLAIN or self.roundings:
                 ends = apart.ends(self.architecture, weights, head=False)
                 self.problems.extend(ends.problems if run == PLAIN else ())
-                with computing(run, ends.model):
+                with _running("the embedding"), computing(run, ends.model):
                     states[run] = ends.embed(tokens)
         states.setdefault(ROUNDED, states[PLAIN])
         return {**states, HALF: states[PLAIN], **dict.fromkeys(ORDERS, states[ROUNDED])}
@@ -162,7 +165,7 @@ class Head:
         import torch
 
         ends = self.plain if run in (PLAIN, HALF) else self.rounded
-        with computing(run, ends.model):
+        with _running("the output projection"), computing(run, ends.model):
             logits: Floats = ends.logits(torch.from_numpy(state), parts).float().numpy()
         return logits
 
@@ -184,8 +187,18 @@ def batch(sample: Sequence[Tokens]) -> Tokens:
     return rows
 
 
+@contextmanager
+def _running(step: str) -> Iterator[None]:
+    """What a step of transformers' model raises, as a CheckError: the weights that are in it are not known to be at fault."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  it is transformers' code, on numbers of the user's config.json
+        remedy = "see that config.json is of these weights, or compare the weights alone with --check weights"
+        raise CheckError("the PyTorch model cannot be run", [Problem(f"{step} raised {said(error)}", remedy)]) from None
+
+
 def _run(block: apart.Block, state: Any, run: str, parts: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    with computing(run, block.model, block.number):
+    with _running(f"block {block.number}"), computing(run, block.model, block.number):
         return block.run(state, parts)
 
 
