@@ -20,7 +20,7 @@ from flax import linen, nnx  # noqa: E402
 from porting_targets import KEY, rngs, shaken  # noqa: E402
 
 import shardconv  # noqa: E402
-from shardconv.errors import InputError  # noqa: E402
+from shardconv.errors import InputError, ShardconvError  # noqa: E402
 
 nn = torch.nn
 weight_norm = torch.nn.utils.parametrizations.weight_norm
@@ -336,3 +336,56 @@ def test_a_class_of_the_users_own_is_no_linear_by_its_shape() -> None:
         "  mix (Mix: weight (8, 8), bias (8)) fits mix as Linear, or as Conv1D",
         '      say which: "mix" = "mix: Linear"',
     ]
+
+
+# Lines of a mapping that are wrong
+
+
+def mistakes(mapping: Any, state: Mapping[str, tuple[int, ...]], **arrays: tuple[int, ...]) -> list[str]:
+    tree: dict[str, Any] = {}
+    for name, shape in arrays.items():
+        module, _, inner = name.rpartition("__")
+        tree.setdefault(module, {})[inner] = np.zeros(shape, np.float32)
+    with pytest.raises(ShardconvError) as caught:
+        shardconv.convert_module({name: np.ones(shape, np.float32) for name, shape in state.items()}, {"params": tree}, mapping)
+    return str(caught.value).splitlines()[1:]
+
+
+def test_a_line_that_speaks_for_nothing_is_told_of() -> None:
+    state = {"final_layer_norm.weight": (4,), "fc.weight": (3, 4)}
+    found = mistakes({"ln": "final_layernorm", "head": "fc"}, state, ln__scale=(4,), head__kernel=(4, 3))
+    assert found[:2] == [
+        '  "ln" = "final_layernorm": the checkpoint has no final_layernorm',
+        "      did you mean final_layer_norm?",
+    ]
+    assert mistakes({"ln": "77", "head": "fc"}, {"fc.weight": (3, 4)}, head__kernel=(4, 3)) == [
+        '  "ln" = "77": the checkpoint has no 77',
+        "      leave the line out, or correct it",
+    ]
+    assert mistakes({"tok": 3}, {"fc.weight": (3, 4)}, head__kernel=(4, 3)) == [
+        "  tok = 3: the model has no such array; a module of the checkpoint is named by text"
+    ]
+
+
+def test_a_wrong_line_is_one_problem() -> None:
+    state = {"fc.weight": (3, 4), "fc.bias": (3,)}
+    arrays = {"head__kernel": (4, 3), "head__bias": (3,)}
+    assert mistakes({"head": "fc", "head.kernel": "fc.weight: o i -> o i"}, state, **arrays) == [
+        "  head.kernel = fc.weight: o i -> o i: `o` is not 3 with o = 4 in the shape (3, 4); fc.weight is (3, 4), head.kernel is (4, 3)"
+    ]
+    assert mistakes({"head": "fc", "head.kernel": "fc.weight: o i -> i o; k=2"}, state, **arrays) == [
+        "  head.kernel = fc.weight: o i -> i o; k=2: there is no axis k"
+    ]
+
+
+def test_parameters_of_no_layer_are_stacked_without_dims() -> None:
+    state = {f"blocks.{n}.gamma": np.full(4, n, np.float32) for n in range(3)}
+    found = shardconv.convert_module(state, {"gamma": np.zeros((3, 4), np.float32)}, {"gamma": "blocks.{n}.gamma"})
+    assert found["gamma"][:, 0].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_mapping_may_be_given_as_its_text() -> None:
+    state, model = {"fc.weight": np.ones((3, 4), np.float32)}, {"params": {"head": {"kernel": np.zeros((4, 3), np.float32)}}}
+    assert shardconv.convert_module(state, model, shardconv.propose_mapping(state, model))["params"]["head"]["kernel"].sum() == 12
+    with pytest.raises(ShardconvError, match="it is no TOML: "):
+        shardconv.convert_module(state, model, "[mapping]\nhead = fc")

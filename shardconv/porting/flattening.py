@@ -28,6 +28,12 @@ class Suspect:
         """What is suspected, in a sentence."""
         return f"if this takes {self.channels} flattened channels, and the model has channels last, the line is {self.line}"
 
+    @property
+    def remark(self) -> tuple[str, ...]:
+        """What a mapping leaves to who edits it: both lines, of which one is to be taken."""
+        case = f"if this takes {self.channels} flattened channels, and the model has channels last"
+        return f"in doubt: {case}, take the first line, with its sizes; if not, the second", self.line, self.plain
+
 
 def suspects(choices: Mapping[str, Choice | None]) -> dict[str, Suspect]:
     """Arrays that may need another line, by name; `choices` are the layers in the order of the checkpoint."""

@@ -124,6 +124,9 @@ def made(asked: Asked) -> Made:
     (tree, notes), weights = _opened(asked.layout), weights_in(asked.source)
     with warnings.catch_warnings(record=True, action="always", category=UserWarning) as doubts:
         found = fitted(weights, tree, asked.mapping, asked.ignore, None)
+    if asked.mapping is None:  # what is proposed and then run, nobody has looked at
+        remedy = "`shardconv init` writes a mapping to complete; give it as target.mapping"
+        found.problems += [Problem(str(doubt.message), remedy) for doubt in doubts]
     if found.problems:
         raise InputError(UNFIT, found.problems)
     order = {name: place for place, name in enumerate(tree.leaves)}  # the model's, so that a plan is the same in every process

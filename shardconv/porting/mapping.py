@@ -11,11 +11,12 @@
     "cell.hi.bias" = "0"                                       # an array of one number
 
 The left side is the model's. Of several right sides that fit, the longest counts, without its holes. A hole, `{layers}`, is any number, the
-same on both sides. In Python a mapping is a dict of the same, or the path of such a TOML file.
+same on both sides. In Python a mapping is a dict of the same, or the path of such a TOML file, or its text.
 """
 
 import os
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +77,12 @@ class Plan:
 
 
 def read_mapping(mapping: Any, arrays: Sequence[str]) -> Plan:
-    """A mapping from a dict or a TOML file; ConfigError with all that is wrong. `arrays` are the names of the model's."""
+    """A mapping from a dict, a TOML file or its text; ConfigError with all that is wrong. `arrays` are the names of the model's."""
     ignore: Sequence[str] = ()
-    if isinstance(mapping, str | os.PathLike):
-        ignore, mapping = _file(str(mapping))
+    if isinstance(mapping, str) and "\n" in mapping:
+        ignore, mapping = _tables(_parsed(mapping), "the mapping")
+    elif isinstance(mapping, str | os.PathLike):
+        ignore, mapping = _tables(read_toml(str(mapping), "mapping"), str(mapping))
     if not isinstance(mapping, Mapping):
         remedy = "give a dict such as {\"fc\": \"head\"}, or the path of a TOML file"
         raise ConfigError("the mapping cannot be read", [Problem(f"this is a {type(mapping).__name__}", remedy)])
@@ -89,8 +92,10 @@ def read_mapping(mapping: Any, arrays: Sequence[str]) -> Plan:
             try:
                 if _is_array(here, arrays):
                     moves += [read_move(name, line) for name, line in _written_out(here, str(text), arrays)]
+                elif isinstance(text, str):
+                    pairs.append(_pair(here, text))
                 else:
-                    pairs.append(_pair(here, str(text)))
+                    raise ValueError("the model has no such array; a module of the checkpoint is named by text")
             except ValueError as error:
                 problems.append(Problem(f"{here} = {toml_value(text)}: {error}"))
     if problems:
@@ -99,18 +104,14 @@ def read_mapping(mapping: Any, arrays: Sequence[str]) -> Plan:
 
 
 def written(moves: Sequence[Move], remarks: Mapping[str, Sequence[str]], ignore: Sequence[str]) -> str:
-    """A mapping as a TOML file; `remarks` are lines of comment on arrays, with or without a move."""
+    """A mapping as a TOML file; `remarks` are lines of comment for the arrays that have no move."""
     by_target: dict[str, list[str]] = {}
     for move in moves:
         by_target.setdefault(move.target, []).append(str(move))
     lines = [HEAD, f"ignore = {toml_value(list(ignore))}", "", "[mapping]"]
-    for name, texts in by_target.items():
-        lines += [f"# {line}" for line in remarks.get(name, ())]
-        lines.append(f"{toml_value(name)} = {toml_value(texts[0] if len(texts) == 1 else texts)}")
-    for name, said in remarks.items():
-        if name in by_target:
-            continue
-        lines += ["", *(f"# {line}" for line in said), f'# {toml_value(name)} = ""']
+    lines += [f"{toml_value(name)} = {toml_value(texts[0] if len(texts) == 1 else texts)}" for name, texts in by_target.items()]
+    for said in remarks.values():
+        lines += ["", *(f"# {line}" for line in said)]
     return "\n".join(lines) + "\n"
 
 
@@ -138,8 +139,15 @@ def matched(name: str, patterns: Sequence[str]) -> bool:
     return bool(rule_of(name, patterns))
 
 
-def _file(path: str) -> tuple[Sequence[str], object]:
-    data = read_toml(path, "mapping")
+def _parsed(text: str) -> dict[str, object]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("the mapping cannot be read", [Problem(f"it is no TOML: {error}")]) from None
+
+
+def _tables(data: Mapping[str, object], path: str) -> tuple[Sequence[str], object]:
+    """The patterns of what is ignored, and the mapping itself."""
     problems = [Problem(f"{path}: there is no {key}", "it has `ignore` and [mapping]") for key in data if key not in ("ignore", "mapping")]
     ignore = data.get("ignore", [])
     if not isinstance(ignore, list) or not all(isinstance(item, str) for item in ignore):

@@ -31,6 +31,7 @@ from shardconv.porting.rules import Choice, Layer
 from shardconv.porting.sources import Weights
 from shardconv.porting.stacks import AXIS, Stack, stacks
 from shardconv.porting.trees import Tree
+from shardconv.toml import toml_value
 
 # Assignments that are tried at most by running the model; each is a conversion and a forward.
 TRIES = 720
@@ -98,13 +99,13 @@ class Proposal:
 
     def text(self, tree: Tree, ignore: Sequence[str]) -> str:
         """The proposal as a mapping to edit; what is open is a comment."""
-        remarks: dict[str, tuple[str, ...]] = {name: (suspect.said,) for name, suspect in self.suspects.items()}
+        remarks: dict[str, tuple[str, ...]] = {name: suspect.remark for name, suspect in self.suspects.items()}
         for name in self.empty:
             near = [one for one in self.open if any(name == place or name.startswith(f"{place}.") for place in one.places)]
             fits = [one.layer.name + one.how for one in near]
             said = f"open: fits {', '.join(fits[:8])}{' and others' if len(fits) > 8 else ''}" if fits else "open: nothing fits"
-            remarks[name] = (f"{said}; the array is {tree.shapes[name]}",)
-        return written([move.move for move in self.moves], remarks, ignore)
+            remarks[name] = (f"{said}; the array is {tree.shapes[name]}", f'{toml_value(name)} = ""')
+        return written([move.move for move in self.moves if move.move.target not in self.suspects], remarks, ignore)
 
 
 Fits = dict[str, dict[str, list[list[Bound]]]]  # layer, module, and the ways in which the one fits the other

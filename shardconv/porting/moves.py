@@ -102,7 +102,9 @@ def bound(move: Move, tensors: Shapes, arrays: Shapes) -> Bound:
     stored = {name: _found(name, tensors, holes, "the checkpoint") for name in names(expression)}
     wanted = _found(move.target, arrays, holes, "the model")
     shapes = shape_of(expression, stored)
-    dims, to = spelled(move.dims, len(shapes)), spelled(move.to, len(shapes))
+    dims, to = spelled(move.dims, len(shapes)), spelled(_stacked(move), len(shapes))
+    if odd := [name for name in move.sizes if name not in {*axes_of(dims), *axes_of(to), *HOLE.findall(move.source)}]:
+        raise ValueError(f"there is no axis {', '.join(odd)}")
     try:
         sizes = solved([(to, wanted), (dims, shapes)], holes)
         if missing := [axis for axis in (*axes_of(dims), *axes_of(to)) if axis not in sizes]:
@@ -117,6 +119,12 @@ def bound(move: Move, tensors: Shapes, arrays: Shapes) -> Bound:
         odd = sorted(set(found.source.sizes) ^ set(found.target.sizes))
         raise ValueError(f"axis {', '.join(odd)} is on one side only: {move}")
     return found
+
+
+def _stacked(move: Move) -> str:
+    """The dims of the array; where none are said on either side, with those first that the source's name alone has."""
+    more = [axis for axis in dict.fromkeys(HOLE.findall(move.source)) if axis not in HOLE.findall(move.target)]
+    return " ".join([*more, ALL]) if move.dims == move.to == ALL else move.to
 
 
 def _found(name: str, shapes: Shapes, sizes: dict[str, int], where: str) -> Sequence[int]:

@@ -5,6 +5,7 @@ rule gives its tensors to the arrays of the same names and shapes. In the end ev
 ignored, or the same memory as one that is used.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence, Set
@@ -64,15 +65,33 @@ def resolved(plan: Plan, weights: Weights, tree: Tree) -> Resolved:
     claimed = {name for move in plan.moves for name in _spelt(move, found.moves)}
     broken = {name for move in plan.moves if move.target not in claimed for name in names(move.expression)}
     stacked: set[str] = set()
-    for name, views in layers_of(shapes, weights.kinds).items():
+    layers = layers_of(shapes, weights.kinds)
+    found.problems += unheard(plan.pairs, layers_of(weights.shapes, weights.kinds))
+    for name, views in layers.items():
         left = [_without(view, used | broken) for view in views]
         placed = place_of(plan.pairs, name)
         if placed is not None and any(view.tensors for view in left) and placed[1] not in stacked:
             stacked |= {placed[1]} if placed[0].stack else set()
             found.places[name] = placed[1]
+            before, own = len(found.problems), {name for view in views for one in view.tensors.values() for name in names(one)}
             _place(found, placed, left, weights, tree, claimed)
+            if broken & own and len(found.problems) > before:  # what is left of a layer when one of its lines is wrong need not fit
+                del found.problems[before:]
+                found.told |= own | set(arrays_in(tree, placed[1], claimed).values())
     found.problems += square_problems(found, weights)
     _check_zeros_and_coverage(found, plan, weights, tree, broken)
+    return found
+
+
+def unheard(pairs: Iterable[Pair], layers: Collection[str]) -> list[Problem]:
+    """The lines of a mapping whose right side is no layer of the checkpoint, and no module with layers in it."""
+    found = []
+    for pair in pairs:
+        if not any(pair.match(layer) for layer in layers):
+            modules = {layer[: dot.start()] for layer in layers for dot in re.finditer(r"\.|$", layer)}
+            close = difflib.get_close_matches(pair.there, [*modules, *{NUMBER.sub("{n}", module) for module in modules}], n=1)
+            fact = f'"{pair.here}" = "{pair.there}": the checkpoint has no {pair.there}'
+            found.append(Problem(fact, f"did you mean {close[0]}?" if close else "leave the line out, or correct it"))
     return found
 
 
