@@ -400,6 +400,42 @@ def test_a_checkpoint_of_another_model_is_refused(here: Path) -> None:
         shardconv.save_module("other", {"fc": {"kernel": jax.ShapeDtypeStruct((3, 4), "float32")}})
 
 
+def test_many_arrays_that_are_abstract_are_one_line(here: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        shardconv.save_module("other", {f"fc{n:03}": jax.ShapeDtypeStruct((4,), "float32") for n in range(108)} | {"real": np.ones(3)})
+    assert str(caught.value) == (
+        "the model cannot be saved (1 problem):\n"
+        "  108 of 109 arrays are abstract: fc000, fc001, fc002, fc003, fc004 and 103 more\n"
+        "      save what convert_module gave"
+    )
+
+
+def test_a_path_without_a_checkpoint(here: Path) -> None:
+    params = {"kernel": np.ones((3, 4), np.float32)}
+    for path in ("converted/x", "steps/0/items", "two/0", "two/1", "damaged"):
+        shardconv.save_module(path, params)
+    (here / "empty" / "0").mkdir(parents=True)
+    (here / "damaged" / "_METADATA").unlink()
+    said = {
+        "/not/there": "a layout of your own is written to output.path itself",
+        "empty": "a layout of your own is written to output.path itself",
+        "converted/x/0/items": "did you mean converted/x? a layout of your own is written to output.path itself",
+        "converted/x/items": "did you mean converted/x? a layout of your own is written to output.path itself",
+        "converted/xx": "did you mean converted/x? a layout of your own is written to output.path itself",
+        "step": "did you mean steps? a layout of your own is written to output.path itself",
+    }
+    for path, remedy in said.items():
+        with pytest.raises(InputError) as caught:
+            shardconv.load_module(path, params)
+        assert str(caught.value) == f"the checkpoint cannot be read (1 problem):\n  there is no checkpoint at {path}\n      {remedy}"
+    for path in ("converted/x", "steps", "steps/0", "steps/0/items"):
+        assert np.array_equal(shardconv.load_module(path, {"kernel": np.zeros((3, 4), np.float32)})["kernel"], params["kernel"])
+    with pytest.raises(ConfigError, match=r"^two holds several checkpoints"):
+        shardconv.load_module("two", params)
+    with pytest.raises(InputError, match=r"damaged: its arrays have no metadata\n +the file is damaged or incomplete: make it again"):
+        shardconv.load_module("damaged", params)
+
+
 def test_it_comes_back_where_the_model_has_it(here: Path) -> None:
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))

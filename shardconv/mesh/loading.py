@@ -155,7 +155,7 @@ def plan_load(source: str | os.PathLike[str], mesh: Mesh | None = None, **choice
     _require_mesh(mesh)
     rules = _tuples(choices.get("rules"))
     like = wanted(choices["like"]) if choices.get("like") is not None else None
-    if not path.endswith(".toml") and (folder := _tree_at(path)):
+    if not path.endswith(".toml") and (folder := tree_at(path)):
         return _plan_restore(folder, mesh, rules, like, choices)
     config, mesh, split = _config(path, mesh, rules, choices)
     if not split and like is None:
@@ -184,7 +184,7 @@ def _unsplit(mesh: Mesh | None) -> ConfigError:
     return ConfigError("nothing says how arrays are split", [Problem(f"the mesh has {mesh.size} devices and there are no rules", remedy)])
 
 
-def _tree_at(path: str) -> str | None:
+def tree_at(path: str) -> str | None:
     """The directory at `path`, or below it by step and item, that has an Orbax tree; None where there is none.
 
     Raises ConfigError where there are several. Orbax itself is not loaded to see that.

@@ -5,6 +5,8 @@ reads it too: NNX's is the tree of `nnx.to_pure_dict`, Linen's the variables, Eq
 """
 
 import os
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import jax
@@ -13,11 +15,16 @@ from jax.sharding import SingleDeviceSharding
 
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.mesh.checkpoints import described, restored
-from shardconv.porting.convert import UNFIT, opened_model
+from shardconv.mesh.loading import tree_at
+from shardconv.porting.convert import SHOWN, UNFIT, opened_model
 from shardconv.porting.sizes import shown
+from shardconv.sinks.listing import MANIFEST
 from shardconv.verify.forwards import nested
 
 AT_A_TIME = 1 << 30  # bytes that are read at once: Orbax wants a GiB at least
+# What is left of a checkpoint whose metadata is not there: it is damaged, and not elsewhere.
+MARKS = (MANIFEST, "_CHECKPOINT_METADATA")
+WHERE = "a layout of your own is written to output.path itself"
 
 
 def save_module(path: str | os.PathLike[str], model: Any, *, overwrite: bool = False) -> None:
@@ -34,11 +41,8 @@ def save_module(path: str | os.PathLike[str], model: Any, *, overwrite: bool = F
     12.0
     """
     path, tree = os.path.abspath(path), opened_model(model)
-    problems = [
-        Problem(f"{name} is abstract", "save what convert_module gave")
-        for name, value in tree.values.items()
-        if isinstance(value, jax.ShapeDtypeStruct)
-    ]
+    abstract = [name for name, value in tree.values.items() if isinstance(value, jax.ShapeDtypeStruct)]
+    problems = [Problem(_abstract(abstract, len(tree.values)), "save what convert_module gave")] if abstract else []
     if os.path.lexists(path) and not overwrite:
         problems.append(Problem(f"{path} exists", "choose another path, or say overwrite=True"))
     if problems:
@@ -52,10 +56,13 @@ def save_module(path: str | os.PathLike[str], model: Any, *, overwrite: bool = F
 def load_module(path: str | os.PathLike[str], model: Any) -> Any:
     """The model with the arrays of an Orbax checkpoint, which `save_module` or `shardconv run` wrote; every process calls it.
 
-    `model` may be abstract. What comes back is the same kind of object, in the model's dtypes and shardings; an NNX module is updated in
-    place. Raises InputError where the checkpoint cannot be read, or with everything that is missing, left over or of another shape.
+    `path` is the checkpoint's own, or that of a directory with its step and item, as for `shardconv.load`. `model` may be abstract. What
+    comes back is the same kind of object, in the model's dtypes and shardings; an NNX module is updated in place.
+
+    Raises InputError where there is no checkpoint or it cannot be read, or with everything that is missing, left over or of another shape,
+    and ConfigError where the directory has several.
     """
-    tree, found = opened_model(model), described(os.path.abspath(path))
+    tree, found = opened_model(model), described(_found_at(os.fspath(path)))
     names = {name: ".".join(leaf.path) for name, leaf in tree.leaves.items()}
     problems = []
     for name, leaf in tree.leaves.items():
@@ -74,3 +81,36 @@ def load_module(path: str | os.PathLike[str], model: Any) -> Any:
     }
     arrays: dict[str, Any] = restored(found, wanted, AT_A_TIME)
     return tree.rebuilt({name: arrays[names[name]] for name in tree.leaves})
+
+
+def _abstract(names: Sequence[str], count: int) -> str:
+    """What is wrong with arrays that are shapes alone.
+
+    >>> _abstract(["fc.kernel"], 2), _abstract([f"fc.{n}" for n in range(7)], 9)
+    ('fc.kernel is abstract', '7 of 9 arrays are abstract: fc.0, fc.1, fc.2, fc.3, fc.4 and 2 more')
+    """
+    if len(names) == 1:
+        return f"{names[0]} is abstract"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)} of {count} arrays are abstract: {', '.join(names[:SHOWN])}{more}"
+
+
+def _found_at(path: str) -> str:
+    """The directory of the checkpoint that is meant by a path; raises InputError where there is none."""
+    folder = tree_at(path)
+    if folder is None and not any(os.path.exists(os.path.join(path, mark)) for mark in MARKS):
+        meant = _meant(path)
+        remedy = f"did you mean {meant}? {WHERE}" if meant else WHERE
+        raise InputError("the checkpoint cannot be read", [Problem(f"there is no checkpoint at {path}", remedy)])
+    return folder or os.path.abspath(path)
+
+
+def _meant(path: str) -> str:
+    """The checkpoint that a path with a step and an item too many leads into, or one beside it with nearly its name; "" for none."""
+    parent, name = os.path.split(path.rstrip("/"))
+    above = [parent, os.path.dirname(parent)]
+    if inside := next((folder for folder in above if folder and tree_at(folder) == os.path.abspath(folder)), ""):
+        return inside
+    beside = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    close = [os.path.join(parent, one) for one in get_close_matches(name, beside, n=3)]
+    return next((one for one in close if tree_at(one)), "")
