@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from shardconv.budget import format_size
-from shardconv.config_report import Keys, Misfit, problems_of, unknown_name
+from shardconv.config_report import Keys, Misfit, problems_of, unknown_layout, unknown_name
 from shardconv.config_sections import (
     Absent,
     CheckSection,
@@ -167,7 +167,8 @@ def _unknown_names(data: Mapping[str, object]) -> Iterator[tuple[Keys, Problem]]
         table = data.get(section)
         said = table.get(key) if isinstance(table, Mapping) else None
         if isinstance(said, str) and said and said not in names and not (key == "layout" and ":" in said):
-            yield (section, key), unknown_name(f"[{section}] {key}", said, names)
+            unknown = unknown_layout if key == "layout" else unknown_name
+            yield (section, key), unknown(f"[{section}] {key}", said, names)
 
 
 def _complete(data: dict[str, object]) -> None:

@@ -133,6 +133,19 @@ def _unfit(keys: Keys, data: Mapping[str, object], config: type[BaseModel]) -> P
     return Problem(f"{said} is not {expected.words}", f"{remedy}the choices are {choices}")
 
 
+def unknown_layout(where: str, said: str, names: Sequence[str]) -> Problem:
+    """The problem of a layout that is none of `names`, and no function of the user's.
+
+    >>> unknown_layout("--layout", "clip.make_model", ["flat"]).remedy
+    'did you mean "clip:make_model"? there are flat; a model of your own is "module:function"'
+    """
+    known = unknown_name(where, said, names)
+    module, _, function = said.rpartition(".")
+    dotted = module and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    hint = f"did you mean {toml_value(f'{module}:{function}')}? " if dotted else ""
+    return Problem(known.fact, f'{hint}{known.remedy}; a model of your own is "module:function"')
+
+
 def unknown_name(where: str, said: str, names: Sequence[str]) -> Problem:
     """The problem of a name that is none of `names`."""
     close = get_close_matches(said, names, n=1)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shardconv.config import PLACES, Config, section_toml
-from shardconv.config_report import unknown_name
+from shardconv.config_report import unknown_layout
 from shardconv.config_sections import MeshSection, ModelSection, OutputSection, SourceSection, TargetSection
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.families import find
@@ -96,7 +96,7 @@ def read_hf_config(hf_dir: str) -> Mapping[str, object]:
 def config_text(hf_config: Mapping[str, object], hf_dir: str, layout: str, output: str) -> str:
     """The TOML text of a commented config for a model; `output` is only named in a comment."""
     if layout not in LAYOUTS:
-        raise ConfigError("cannot write a config", [unknown_name("--layout", layout, tuple(LAYOUTS))])
+        raise ConfigError("cannot write a config", [unknown_layout("--layout", layout, tuple(LAYOUTS))])
     model = bind(find(hf_config), hf_config)
     # What the layout makes of "auto" is written out, because it must agree with the config of the code that loads the checkpoint.
     chosen = LAYOUTS[layout](model, LayoutOptions(scan_layers=True, rope="auto", vocab_size=0, query_dtype=""))

@@ -1,7 +1,7 @@
 """From a config to a plan: open the source, find the family, bind it, lay it out, plan. Headers only."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -35,7 +35,7 @@ def plan_from_config(config: Config, *, compare_ends: bool = False) -> Plan:
         raise InputError("the model's numbers are not known", [Problem(fact, "put the checkpoint's config.json beside its weights")])
     if config.target.layout not in LAYOUTS:
         fact = f"target.layout is {config.target.layout!r}"
-        raise InputError("there is no such layout", [Problem(fact, f"known: {', '.join(LAYOUTS)}")])
+        raise InputError("there is no such layout", [Problem(fact, f"known: {', '.join(LAYOUTS)}, and your own models as module:function")])
     target = config.target
     model = bind(find(source.config, config.model.family), source.config)
     chosen = LayoutOptions(target.scan_layers, target.rope, target.vocab_size or 0, target.query_dtype or "")
@@ -48,7 +48,7 @@ def _own_plan(config: Config, source: Source) -> Plan:
     target, ignore = config.target, config.model.ignore
     made = made_elsewhere(Asked(target.layout, source, target.mapping, ignore))
     plan = plan_made(source, made, target.layout, _options(config, None))
-    _require_axes(config, named_axes(plan))
+    _require_own_axes(config, named_axes(plan))
     return plan
 
 
@@ -65,6 +65,21 @@ def _options(config: Config, ends_equal: bool | None) -> PlanOptions:
     )
 
 
+def _require_own_axes(config: Config, own: set[str]) -> None:
+    """Raises ConfigError where mesh rules name an axis that the user's model has not: its rules are written for it alone."""
+    close = {axis: get_close_matches(axis, own, n=1) for axis in config.mesh.rules if axis not in own}
+    remedy = f"its axes, as the mapping or the layer rules name them, are {', '.join(sorted(own))}"
+    problems = [
+        Problem(f"mesh.rules.{axis}: no array of {config.target.layout} has such an axis", _meant(close[axis]) + remedy) for axis in close
+    ]
+    if problems:
+        raise ConfigError("the mesh rules do not fit the model", problems)
+
+
+def _meant(close: Sequence[str]) -> str:
+    return f'did you mean "{close[0]}"? ' if close else ""
+
+
 def _require_axes(config: Config, own: set[str]) -> None:
     """Raises ConfigError where mesh rules name an axis that no model has; one that only other models have is no mistake."""
     known = own.union(*(family.axes for family in families().values()))
@@ -74,7 +89,7 @@ def _require_axes(config: Config, own: set[str]) -> None:
         problems = [
             Problem(
                 f"mesh.rules.{axis} names no axis of a model",
-                (f'did you mean "{close[axis][0]}"? ' if close[axis] else "") + f"this one has {', '.join(sorted(own))}",
+                _meant(close[axis]) + f"this one has {', '.join(sorted(own))}",
             )
             for axis in unknown
         ]

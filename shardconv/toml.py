@@ -16,6 +16,8 @@ from shardconv.errors import ConfigError, Problem
 
 # Bytes of a config; those that are written have 5,000.
 LIMIT = 10_000_000
+# Files with nearly the name of one that is not there, which are looked at.
+CLOSE = 10
 KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a float", list: "an array", dict: "a table"}
 
 
@@ -51,11 +53,21 @@ def read_toml(path: str, what: str = "config") -> dict[str, object]:
 
 
 def _neighbour(path: str, what: str) -> str:
-    """The remedy for a file that is not there: a file beside it with nearly its name."""
+    """The remedy for a file that is not there: a file of its kind beside it with nearly its name."""
     folder = Path(path).parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    close = get_close_matches(Path(path).name, names, n=1)
+    close = get_close_matches(Path(path).name, names, n=CLOSE)
+    if what == "mapping":
+        close = [name for name in close if _is_mapping(folder / name)]
     return f"did you mean {folder / close[0]}?" if close else WRITTEN_BY[what]
+
+
+def _is_mapping(path: Path) -> bool:
+    """Whether a file has a table [mapping]: beside a mapping there are configs, most often with nearly its name."""
+    try:
+        return path.stat().st_size <= LIMIT and isinstance(tomllib.loads(path.read_text(encoding="utf-8")).get("mapping"), dict)
+    except (OSError, ValueError, RecursionError):  # no text, or no TOML
+        return False
 
 
 def _syntax_problem(path: str, text: str, message: str) -> Problem:

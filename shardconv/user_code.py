@@ -65,6 +65,9 @@ def imported(name: str, setting: Setting) -> Callable[..., Any]:
 
 def _parts(name: str, setting: Setting) -> tuple[str, str]:
     module, colon, function = name.partition(":")
+    if module.endswith(".py"):
+        dotted = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+        raise ConfigError(setting.title, [Problem(f"{setting.key} is {name!r}", f"write {dotted}:{function}, without .py")])
     if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise ConfigError(setting.title, [Problem(f"{setting.key} is {name!r}", setting.choices)])
     return module, function

@@ -18,7 +18,7 @@ from shardconv.dtypes import dtype_named
 from shardconv.errors import ConfigError, ExitCode, InputError
 from shardconv.formats.writing import NewTensor, write_checkpoint
 from shardconv.planning import plan_from_config
-from shardconv.toml import toml_value
+from shardconv.toml import read_toml, toml_value
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = ("llama8b", "llama70b", "llama405b", "mistral7b", "qwen3_32b")
@@ -279,9 +279,20 @@ def test_all_mistakes_come_in_one_report(here: Path) -> None:
         "  c.toml: no section is called [xyz]\n"
         "      they are [source], [model], [target], [mesh], [output], [workers], [check]\n"
         '  c.toml: [target] layout = "maxtxt" is not known\n'
-        '      did you mean "maxtext"? there are flat, maxtext\n'
+        '      did you mean "maxtext"? there are flat, maxtext; a model of your own is "module:function"\n'
         '  c.toml: [model] family = "lama" is not known\n'
         '      did you mean "llama"? there are auto, gemma2, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe'
+    )
+
+
+def test_a_model_of_your_own_is_a_module_and_a_function(here: Path) -> None:
+    assert refused(LEAST, "target.layout=clipjax.make_model") == (
+        '  --set target.layout=clipjax.make_model: [target] layout = "clipjax.make_model" is not known\n'
+        '      did you mean "clipjax:make_model"? there are flat, maxtext; a model of your own is "module:function"'
+    )
+    assert refused(LEAST, "target.layout=mine") == (
+        '  --set target.layout=mine: [target] layout = "mine" is not known\n'
+        '      there are flat, maxtext; a model of your own is "module:function"'
     )
 
 
@@ -413,6 +424,18 @@ def test_a_config_that_is_not_there(here: Path) -> None:
     assert unread("nowhere/x.toml") == (
         "cannot read the config (1 problem):\n  nowhere/x.toml: no such file\n      `shardconv init HF_DIR --layout LAYOUT` writes one"
     )
+
+
+def test_a_mapping_that_is_not_there(here: Path) -> None:
+    written = "`shardconv init DIR --layout module:make_model` and shardconv.propose_mapping write one"
+    Path("cnn.toml").write_text(LEAST)
+    Path("nop.toml").write_text("[mapping\n")
+    Path("nope.toml.d").mkdir()
+    for remedy in (written, "did you mean nones.toml?"):
+        with pytest.raises(ConfigError) as caught:
+            read_toml("nope.toml", "mapping")
+        assert str(caught.value) == f"cannot read the mapping (1 problem):\n  nope.toml: no such file\n      {remedy}"
+        Path("nones.toml").write_text('[mapping]\n"a" = "b"\n')
 
 
 def test_a_config_that_is_a_directory_or_not_text(here: Path) -> None:

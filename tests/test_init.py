@@ -154,7 +154,8 @@ def test_an_unknown_layout(here: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         write_config("Llama-3.1-70B", "maxtxt", "c.toml", force=False)
     assert str(caught.value) == (
-        'cannot write a config (1 problem):\n  --layout = "maxtxt" is not known\n      did you mean "maxtext"? there are flat, maxtext'
+        'cannot write a config (1 problem):\n  --layout = "maxtxt" is not known\n'
+        '      did you mean "maxtext"? there are flat, maxtext; a model of your own is "module:function"'
     )
 
 

@@ -303,6 +303,8 @@ VARIABLES = "\n      give its variables: jax.eval_shape(model.init, jax.random.k
 NO_LAYOUTS = {
     "nowhere:make": NO_MODULE + "run from the directory that it is in, or install its package",
     "own_models:nowhere": "{models} has no 'nowhere'\n      it has: {names}",
+    "own_models.py:make": "target.layout is 'own_models.py:make'\n      write own_models:make, without .py",
+    "./models/own.py:make": "target.layout is './models/own.py:make'\n      write models.own:make, without .py",
     "own models:make": NO_NAME + 'say a layout that `shardconv layouts` lists, or "package.module:make_model"',
     "own_models:NOT_A_FUNCTION": f"own_models:NOT_A_FUNCTION is a int, not a function{WANTED}",
     "own_models:failing": RAISED + WANTED,
@@ -360,6 +362,23 @@ def test_keys_that_are_for_other_layouts(here: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r'mapping = "mapping.toml" does not go with layout = "flat"'):
         config("flat")
+
+
+def test_a_mesh_rule_for_an_axis_that_the_model_has_not_is_refused(here: Path) -> None:
+    said = ("mesh.axes={fsdp=2,tensor=2}", 'mesh.rules={embed="fsdp",out="tensor",o="fsdp"}')
+    remedy = "its axes, as the mapping or the layer rules name them, are"
+    found = refused(ConfigError, config("own_models:nnx_model", *said))
+    axes = "a0, c, from, gates, h, i, input, o, w"
+    assert found == (
+        "the mesh rules do not fit the model (2 problems):\n"
+        "  mesh.rules.embed: no array of own_models:nnx_model has such an axis\n"
+        f"      {remedy} {axes}\n"
+        "  mesh.rules.out: no array of own_models:nnx_model has such an axis\n"
+        f"      {remedy} {axes}"
+    )
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    with pytest.raises(ConfigError, match=r"mesh\.rules\.gate: .*\n +did you mean \"gates\"\? its axes"):
+        shardconv.load("source", mesh, layout="own_models:nnx_model", mapping="mapping.toml", rules={"gate": "x"})
 
 
 def test_memory_for_what_is_computed_is_counted(here: Path) -> None:
