@@ -443,3 +443,70 @@ def test_layers_that_are_alike_are_told_of_once() -> None:
         '      map it, or ignore = ["layer.{}.scale"]'
     )
     assert shardconv.convert_module(state, {"gain": np.zeros(8, np.float32)}, {"gain": "0"}, ignore=["layer.{}.scale"])["gain"].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "fact", "remedy"),
+    [
+        (LinenNet(False), "a LinenNet", "give its variables: jax.eval_shape(model.init, jax.random.key(0), inputs)"),
+        (LinenNet, "the class LinenNet", "give its variables: jax.eval_shape(model.init, jax.random.key(0), inputs)"),
+        (NnxNet, "the class NnxNet", "make one: nnx.eval_shape(lambda: NnxNet(nnx.Rngs(0)))"),
+        (EqxNet, "the class EqxNet", "make one: eqx.filter_eval_shape(EqxNet, jax.random.key(0))"),
+        (nn.Linear(3, 4), "a Linear", "PyTorch's model is the first argument, and the JAX model the second"),
+        (nn.Linear(3, 4).state_dict(), "a OrderedDict", "PyTorch's model is the first argument, and the JAX model the second"),
+        (eqx.nn.Identity(), "a Identity", "give Linen's variables, an NNX or Equinox module, or a tree of arrays"),
+        ({}, "a dict", "give Linen's variables, an NNX or Equinox module, or a tree of arrays"),
+    ],
+)
+def test_a_model_without_arrays_is_refused(model: Any, fact: str, remedy: str) -> None:
+    variables = {"params": {"kernel": np.zeros((3, 4), np.float32)}}
+    expected = f"the model has no arrays (1 problem):\n  this is {fact}\n      {remedy}"
+    for mapping in (None, SAME):
+        assert refusal(variables, model, mapping) == expected
+    with pytest.raises(ConfigError, match="the model has no arrays"):
+        shardconv.propose_mapping(variables, model)
+
+
+def test_numbers_that_become_infinite_are_told_of() -> None:
+    """Once each: a tensor that fills two arrays, one of them half, and one that was infinite before."""
+    qkv = np.float32([[1e6, 1.0], [2.0, -1e5], [7e4, 3.0], [np.inf, np.nan]])
+    tree = {"a": jax.ShapeDtypeStruct((2, 2), jnp.float16), "b": jax.ShapeDtypeStruct((2, 4), jnp.float16), "c": np.zeros((4, 2))}
+    mapping = {"a": "qkv: (o | o) i -> i o", "b": "qkv: o i -> i o", "c": "qkv"}
+    said = (
+        "a: 2 of its 4 numbers are too large for float16 and became infinite; "
+        "b: 3 of its 8 numbers are too large for float16 and became infinite"
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(said)}$"):
+        found = shardconv.convert_module({"qkv": qkv}, tree, mapping)
+    assert np.isinf(np.asarray(found["a"])).sum() == 2 and np.isinf(np.asarray(found["b"])).sum() == 4
+    many = {f"l{n}": jax.ShapeDtypeStruct((1,), jnp.float16) for n in range(7)}
+    with pytest.warns(UserWarning, match=r"; l4: .* infinite; and so in 2 more arrays$"):
+        shardconv.convert_module({name: np.float32([1e6]) for name in many}, many, {name: name for name in many})
+
+
+def test_whole_numbers_that_an_array_cannot_hold_are_refused() -> None:
+    said = "the checkpoint does not fit the model (1 problem):\n  steps = count: float32 does not fit int32"
+    assert refusal({"count": np.float32([0.5])}, {"steps": np.zeros(1, np.int32)}, {"steps": "count"}) == said
+
+
+def test_an_abstract_modules_random_numbers_are_given_keys_by_reseed() -> None:
+    class Dropping(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.fc = nnx.Linear(4, 4, rngs=rngs)
+            self.drop, self.other = nnx.Dropout(0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs, rng_collection="noise")
+
+        def __call__(self, x: Any) -> Any:
+            return self.other(self.drop(self.fc(x)))
+
+    layer, x = nn.Sequential(), jnp.ones((8, 4))
+    layer.add_module("fc", nn.Linear(4, 4))
+    for streams in ({"default": 0}, {"params": 0, "dropout": 1, "noise": 2}):
+        model = shardconv.convert_module(layer, nnx.eval_shape(lambda streams=streams: Dropping(nnx.Rngs(**streams))), SAME)
+        model.train()
+        with pytest.raises(TypeError, match="ShapeDtypeStruct"):
+            model(x)
+        nnx.reseed(model, **streams)
+        dropped = np.asarray(model(x))
+        assert 0 < (dropped == 0).sum() < dropped.size
+        model.eval()
+        assert abs(np.asarray(model(x)) - layer(torch.ones(8, 4)).detach().numpy()).max() < CLOSE

@@ -21,20 +21,33 @@ from shardconv.values import ValueRule, convert
 Array = npt.NDArray[Any]
 
 
-def landed(moves: Iterable[Bound], tensors: Mapping[str, Array], dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, Array]:
-    """The arrays that the moves fill, by name, each in its dtype; ValueError where an expression's tensors do not fit together."""
+def landed(
+    moves: Iterable[Bound], tensors: Mapping[str, Array], dtypes: Mapping[str, np.dtype[Any]], too_large: dict[str, int] | None = None
+) -> dict[str, Array]:
+    """The arrays that the moves fill, by name, each in its dtype.
+
+    `too_large` is told of each array how many of its numbers are finite where they are stored, and are not in its dtype. ValueError where
+    an expression's tensors do not fit together, or whole numbers an array.
+    """
     arrays: dict[str, Array] = {}
-    made: dict[tuple[str, np.dtype[Any]], Array] = {}
+    made: dict[tuple[str, np.dtype[Any]], tuple[Array, Array | None]] = {}
     for move in moves:
         shape = move.target.shape
         for name, index in move.target.keys():
             dtype = dtypes[name]
             out = arrays.setdefault(name, np.zeros(shape, dtype))
             for piece in pieces(move.target, move.source, index, whole(shape)):
-                block = made.get((piece.key, dtype))
-                if block is None:
-                    block = made[piece.key, dtype] = in_dtype(computed(parsed(piece.key), tensors, move.source.shape), dtype)
+                if (piece.key, dtype) not in made:
+                    try:
+                        values = computed(parsed(piece.key), tensors, move.source.shape)
+                        block = in_dtype(values, dtype)
+                    except ValueError as error:
+                        raise ValueError(f"{name} = {piece.key}: {error}") from None
+                    made[piece.key, dtype] = block, _lost(values, block)
+                block, lost = made[piece.key, dtype]
                 piece.land(raw_view(block[slices(piece.box)]), raw_view(out))
+                if lost is not None and too_large is not None and (count := int(lost[slices(piece.box)].sum())):
+                    too_large[name] = too_large.get(name, 0) + count
     return arrays
 
 
@@ -50,6 +63,13 @@ def in_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
     found = np.empty(values.shape, dtype)
     convert(np.ascontiguousarray(values), ValueRule(), found)
     return found
+
+
+def _lost(values: Array, found: Array) -> Array | None:
+    """Where finite numbers have become infinite, or NaN, in a smaller dtype; None where none have."""
+    if found is values or found.dtype.kind in "biu" or bool(np.isfinite(found).all()):
+        return None
+    return np.asarray(np.isfinite(values) & ~np.isfinite(found))
 
 
 def gaps(moves: Sequence[Bound], shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
