@@ -28,7 +28,7 @@ UNITS = 9
 fates = st.dictionaries(st.integers(0, UNITS - 1), st.lists(st.sampled_from(ACCIDENTS), min_size=1, max_size=2), max_size=5)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(fates=fates, count=st.integers(2, 3), recorded=st.sets(st.integers(0, UNITS - 1), max_size=4))
 def test_every_unit_is_finished_exactly_once_whatever_dies(fates: Mapping[int, list[str]], count: int, recorded: set[int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
