@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from shardconv.budget import this_machine
@@ -160,6 +161,16 @@ def require(config: Config, plan: Plan) -> None:
             problems += error.problems
     if problems:
         raise ConfigError("the logits cannot be compared", problems)
+
+
+def foreseen(config: Config, plan: Plan) -> Plan:
+    """The plan with a note for all that `require` would refuse, for who asks before anything is installed or written."""
+    try:
+        require(config, plan)
+    except ConfigError as error:
+        said = (f"a run is refused, as check.mode is {config.check.mode!r}: {one.fact}; {one.remedy}" for one in error.problems)
+        return replace(plan, notes=(*plan.notes, *said))
+    return plan
 
 
 def _forward(config: Config, plan: Plan) -> str:

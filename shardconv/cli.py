@@ -133,6 +133,10 @@ def plan(config: ConfigPath, overrides: Set = None, placement: Placement = None,
     from shardconv.planning import plan_from_config
 
     found = plan_from_config(loaded)
+    if loaded.check.mode in ("logits", "all"):
+        from shardconv.checking import foreseen
+
+        found = foreseen(loaded, found)
     from shardconv.report import plan_json, print_plan
 
     if as_json:

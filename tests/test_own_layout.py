@@ -248,6 +248,26 @@ def test_it_is_loaded_onto_a_mesh_without_a_checkpoint(here: Path) -> None:
     assert np.array_equal(params["conv"]["kernel"], expected.conv.kernel) and np.array_equal(params["up"]["kernel"], expected.up.kernel)
 
 
+def test_a_mapping_is_a_dict_too_where_it_is_loaded(here: Path) -> None:
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    written = tomllib.loads(own_models.MAPPING)
+    said: Json = {"layout": "own_models:nnx_model", "rules": {"o": "x"}, "ignore": written["ignore"]}
+    params = shardconv.load("source", mesh, mapping={**written["mapping"], "fc.bias": ["fc.bias"]}, **said)
+    by_file = shardconv.load("source", mesh, mapping="mapping.toml", **said)
+    assert params["fc"]["bias"].shape == (10,) and jax.tree.all(jax.tree.map(np.array_equal, params, by_file))
+
+
+def test_a_plan_says_what_a_run_would_refuse(here: Path) -> None:
+    config("own_models:nnx_model")
+    said = CliRunner().invoke(app, ["plan", "c.toml", "--set", "check.mode=logits"])
+    notes = [line.split(maxsplit=1)[1] for line in said.output.splitlines() if line.startswith("note ")]
+    assert said.exit_code == 0 and notes[-1].startswith(
+        "a run is refused, as check.mode is 'logits': own_models:nnx_model is a model of your own, which no forward of ours runs; "
+        'set check.forward = "module:function"; models that are no language models: shardconv.porting.agreement'
+    )
+    assert "is refused" not in CliRunner().invoke(app, ["plan", "c.toml"]).output
+
+
 def test_without_a_mapping_one_is_proposed_or_the_run_refused(here: Path) -> None:
     with pytest.raises(InputError) as caught:
         plan_from_config(config("own_models:nnx_model", mapping="auto"))

@@ -14,8 +14,10 @@ what `memory_budget` allows, and the shards of one array where its devices have 
 import logging
 import math
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -39,7 +41,7 @@ from shardconv.run.work import Workspace
 from shardconv.sinks.listing import pytrees
 from shardconv.sinks.paths import STAGE_SUFFIX
 from shardconv.source import check_unchanged
-from shardconv.toml import read_toml
+from shardconv.toml import read_toml, toml_key, toml_value
 from shardconv.values import is_float
 from shardconv.verify.forwards import nested
 
@@ -94,7 +96,8 @@ class Choices(TypedDict, total=False):
     like: a tree of shardings, or of arrays or `jax.ShapeDtypeStruct`s. Its names, shapes and dtypes must be those of what is loaded; the
         result has its structure, and its shardings where it has some. Of an array that JAX has put where it liked, such as `jnp.zeros`
         makes (`committed` is False), the sharding is not taken.
-    layout, mapping, scan_layers, dtype, rope, vocab_size: as in [target]; unless said otherwise "flat", scanned, each tensor's own dtype.
+    mapping: as in [target], or a dict of what is under [mapping] there.
+    layout, scan_layers, dtype, rope, vocab_size: as in [target]; unless said otherwise "flat", scanned, each tensor's own dtype.
     family, ignore: as in [model]; prefix: as in [source].
     placement: "host", "device", or "auto" for each array by what would be read; what only the hosts can do, they do.
     memory_budget: bytes, or a size such as "2GiB", that a process may hold besides the arrays; by default a share of what is free.
@@ -103,7 +106,7 @@ class Choices(TypedDict, total=False):
     rules: Rules | None
     like: Any
     layout: str | None
-    mapping: str | None
+    mapping: str | Mapping[str, Any] | None
     scan_layers: bool | None
     dtype: str | None
     rope: str | None
@@ -157,16 +160,33 @@ def plan_load(source: str | os.PathLike[str], mesh: Mesh | None = None, **choice
     like = wanted(choices["like"]) if choices.get("like") is not None else None
     if not path.endswith(".toml") and (folder := tree_at(path)):
         return _plan_restore(folder, mesh, rules, like, choices)
-    config, mesh, split = _config(path, mesh, rules, choices)
-    if not split and like is None:
-        raise _unsplit(mesh)
-    budget = _budget(config.workers.memory_budget)
-    workers = config.workers.model_copy(update={"memory_budget": budget})
-    plan = plan_from_config(config.model_copy(update={"workers": workers}), compare_ends=True)
+    with _mapping_in_a_file(choices) as named:
+        config, mesh, split = _config(path, mesh, rules, named)
+        if not split and like is None:
+            raise _unsplit(mesh)
+        budget = _budget(config.workers.memory_budget)
+        workers = config.workers.model_copy(update={"memory_budget": budget})
+        plan = plan_from_config(config.model_copy(update={"workers": workers}), compare_ends=True)
     leaves = fitted(_abstract(plan, mesh if split else None), like, "the checkpoint")
     ways = {leaf.name: _way(leaf, leaves[leaf.name].sharding, plan, placement) for leaf in plan.leaves}
     metadata = {**plan.metadata, "family": plan.family, "layout": plan.layout, "tied": plan.tied}
     return Loading(leaves, ways, plan.notes, metadata, like, lambda: _stream(plan, leaves, ways, budget))
+
+
+@contextmanager
+def _mapping_in_a_file(choices: Choices) -> Iterator[Choices]:
+    """The choices with the path of a mapping that is given as a dict: plans are made from configs, which name a file."""
+    mapping = choices.get("mapping")
+    if not isinstance(mapping, Mapping):
+        yield choices
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path, named = os.path.join(folder, "mapping.toml"), choices.copy()
+        lines = {name: [*map(str, line)] if isinstance(line, list | tuple) else str(line) for name, line in mapping.items()}
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("[mapping]\n" + "".join(f"{toml_key(str(name))} = {toml_value(line)}\n" for name, line in lines.items()))
+        named["mapping"] = path
+        yield named
 
 
 def _require_mesh(said: object) -> None:
