@@ -191,8 +191,10 @@ def test_that_results_have_other_shapes_is_said_and_nothing_more_is_run() -> Non
 
 def test_the_nearest_of_the_orders_that_were_tried_is_said() -> None:
     module, x, tree, call = squares(1.0, 2.0, 3.0)
+    for place, layer in enumerate(module[::2]):
+        layer.weight.data[1, 0] = place
     assert open_report(module, x, tree, lambda tree: call(tree) + 0.5) == [
-        "  the model was run: none of the 6 orders that were tried agrees; the nearest: its result is off by 0.5, and noise allows 1.7e-05"
+        "  the model was run: none of the 6 orders that were tried agrees; the nearest: its result is off by 0.5, and noise allows 2.2e-05"
     ]
 
 
@@ -224,11 +226,12 @@ def test_that_no_order_fills_the_model_is_said() -> None:
 
 
 def test_a_model_that_cannot_be_filled_is_not_run() -> None:
-    """All layers have a place, and one array has none."""
-    tree = one()
-    tree["params"]["fc"]["other"] = np.zeros(3, np.float32)
-    found = refusal(InputError, lambda: shardconv.convert_module(ONE, tree, agrees=lambda tree: tree["nothing"]))
-    assert "fc.other (3): nothing fills it" in found
+    """Two layers are open, and one array has no layer."""
+    module, _, tree, _ = squares(1.0, 2.0)
+    tree["params"]["other"] = np.zeros(3, np.float32)
+    found = refusal(InputError, lambda: shardconv.convert_module(module, tree, agrees=lambda tree: tree["nothing"]))
+    assert "\n  other (3): nothing fills it\n" in found
+    assert "\n  the model was not run: in no order do the open layers fill all its arrays\n" in found
 
 
 # What PyTorch's module takes and gives
@@ -262,6 +265,16 @@ def test_what_is_no_tensor_is_refused() -> None:
     said = refusal(ConfigError, lambda: shardconv.convert_module(ONE, one(), agrees=agrees))
     remedy = "      let the call give one array, which is compared with the first tensor of PyTorch's result"
     assert said == f"{title}the call gives a tuple\n{remedy}"
+
+
+def test_a_result_that_is_all_noise_is_refused() -> None:
+    """Anything would agree with it: a module that drops out at random."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
+    found = refusal(ConfigError, lambda: same_outputs(module, [torch.ones(3, 4)], times)).splitlines()
+    assert found[1].startswith("  PyTorch's result is up to ") and found[1].endswith(" from what it is in float64")
+    assert found[2] == "      call module.eval(), if it has dropout; or give inputs for which it is stable"
+    assert same_outputs(module.eval(), [torch.ones(3, 4)], times).bound < 1e-4
 
 
 def test_equal_infinities_are_equal() -> None:

@@ -163,7 +163,8 @@ def same_outputs(module: Any, inputs: Inputs, call: Callable[[Any], Any]) -> Agr
     `inputs` are what the module is called with, a list, or a dict where they go by keyword. Where the module gives several tensors, in a
     tuple, a dict or an output of transformers, the first is compared. `call` gives the JAX model's array for the same, with torch's order
     of dims. Multiply matrices in float32 there: `jax.default_matmul_precision("highest")`. A call that JAX can trace, with no NumPy on
-    what the model computes, says more: its flow is compared with the module's. Raises ConfigError where the module gives no tensor, or NaN.
+    what the model computes, says more: its flow is compared with the module's. Raises ConfigError where the module gives no tensor, NaN,
+    or numbers that are all noise, as dropout makes them.
 
     >>> same_outputs(torch_model, [x], lambda model: model(jnp.asarray(x.numpy())))  # doctest: +SKIP
     """
@@ -185,6 +186,9 @@ def same_outputs(module: Any, inputs: Inputs, call: Callable[[Any], Any]) -> Agr
         raise ConfigError(TITLE, [Problem(fact, "give inputs for which it computes numbers")])
     largest = float(abs(truth[np.isfinite(truth)]).max(initial=0.0))
     bound = FACTOR * max(largest_difference(expected, truth), HALF_A_PLACE * largest)
+    if bound > largest:  # zeros would agree
+        fact = f"PyTorch's result is up to {largest:.2g}, and in float32 off by {bound / FACTOR:.2g} from what it is in float64"
+        raise ConfigError(TITLE, [Problem(fact, "call module.eval(), if it has dropout; or give inputs for which it is stable")])
     return Agreement(module, inputs, call, expected, bound)
 
 
