@@ -148,12 +148,12 @@ def proposed(asked: Asked) -> Proposed:
 
 def _opened(layout: str) -> tuple["Tree", tuple[str, ...]]:
     """The user's model, opened, and notes."""
-    from shardconv.porting.convert import opened_model
+    from shardconv.porting.convert import opened_model, without_arrays
 
     model, notes = model_of(layout)
     tree = opened_model(model)
     if not tree.leaves:
-        raise ConfigError(TITLE, [Problem(f"{layout}() gave a {type(model).__name__} without arrays", _without_arrays(model))])
+        raise ConfigError(TITLE, [Problem(f"{layout}() gave a {type(model).__name__} without arrays", without_arrays(model))])
     return tree, notes
 
 
@@ -201,10 +201,3 @@ def abstract(make: Callable[[], Any]) -> Any:
     arrays = iter(jax.eval_shape(traced))
     found = jax.tree_util.tree_unflatten(structure, [next(arrays) if leaf is None else leaf for leaf in rest])
     return found if graph is None else sys.modules["flax.nnx"].merge(graph, found)
-
-
-def _without_arrays(model: Any) -> str:
-    linen = sys.modules.get("flax.linen")
-    if linen is not None and isinstance(model, linen.Module):
-        return "give its variables: jax.eval_shape(model.init, jax.random.key(0), inputs)"
-    return LAYOUT.wanted

@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from shardconv.errors import ConfigError, InputError, Problem
 from shardconv.mesh.checkpoints import described, restored
 from shardconv.mesh.loading import tree_at
-from shardconv.porting.convert import SHOWN, UNFIT, opened_model
+from shardconv.porting.convert import SHOWN, UNFIT, with_arrays
 from shardconv.porting.sizes import shown
 from shardconv.sinks.listing import MANIFEST
 from shardconv.verify.forwards import nested
@@ -40,7 +40,7 @@ def save_module(path: str | os.PathLike[str], model: Any, *, overwrite: bool = F
     >>> float(model["params"]["fc"]["kernel"].sum())
     12.0
     """
-    path, tree = os.path.abspath(path), opened_model(model)
+    path, tree = os.path.abspath(path), with_arrays(model)
     abstract = [name for name, value in tree.values.items() if isinstance(value, jax.ShapeDtypeStruct)]
     problems = [Problem(_abstract(abstract, len(tree.values)), "save what convert_module gave")] if abstract else []
     if os.path.lexists(path) and not overwrite:
@@ -62,7 +62,7 @@ def load_module(path: str | os.PathLike[str], model: Any) -> Any:
     Raises InputError where there is no checkpoint or it cannot be read, or with everything that is missing, left over or of another shape,
     and ConfigError where the directory has several.
     """
-    tree, found = opened_model(model), described(_found_at(os.fspath(path)))
+    tree, found = with_arrays(model), described(_found_at(os.fspath(path)))
     names = {name: ".".join(leaf.path) for name, leaf in tree.leaves.items()}
     problems = []
     for name, leaf in tree.leaves.items():
