@@ -5,6 +5,8 @@ from importlib.util import find_spec
 NEEDS = {
     "shardconv/interop/statistics.py": "torchax",
     "shardconv/interop/views.py": "torch",
+    "tests/own_models.py": "equinox",
+    "tests/porting_flows.py": "equinox",
     "tests/porting_layers.py": "equinox",
     "tests/porting_models.py": "equinox",
     "tests/porting_products.py": "equinox",
