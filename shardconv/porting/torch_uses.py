@@ -41,7 +41,7 @@ def torch_uses(module: Any, inputs: Sequence[Any]) -> Uses:
     state = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
     run = _Run(torch, state, inputs)
 
-    class Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class Followed(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             with self:
@@ -55,7 +55,7 @@ def torch_uses(module: Any, inputs: Sequence[Any]) -> Uses:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Followed():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Followed():  # type: ignore[no-untyped-call, unused-ignore]
             module(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
