@@ -158,7 +158,7 @@ def test_a_cluster_that_can_hold_no_task_is_told_before_any_work(cluster: Cluste
     with pytest.raises(RunError) as caught:
         list(start(cluster, state, "plain", budget=1 << 50))
     lines = str(caught.value).splitlines()
-    assert lines[0] == "the cluster cannot do this conversion (2 problems):"
+    assert re.fullmatch(r"the cluster cannot do this conversion \([0-9] problems\):", lines[0])
     assert re.fullmatch(r"  node [0-9.]+ has [0-9,]+ MiB of memory for tasks, and a worker takes 1,073,742,016 MiB", lines[1])
     assert lines[2] == "      set workers.memory_budget to less, or give the node more (`ray start --memory=BYTES`)"
     assert Ledger(state).finished() == {}
