@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
 from shardconv.porting.trees import Tree
 from shardconv.porting.uses import Dims, Record, Uses, Value, dims_of, reshaped, resized, spread
@@ -40,16 +40,20 @@ def jax_uses(call: Callable[[Any], Any], tree: Tree, inputs: Sequence[np.ndarray
     return run.record.uses({})
 
 
-def _consts(closed: ClosedJaxpr) -> Iterator[Any]:
+def _consts(inner: Any) -> Iterator[Any]:
     """The arrays that a function and all functions in it close over."""
-    yield from closed.consts
-    for equation in closed.jaxpr.eqns:
+    if _is_closed(inner):
+        yield from inner.consts
+    for equation in (inner.jaxpr if _is_closed(inner) else inner).eqns:
         for value in equation.params.values():
-            for inner in value if isinstance(value, tuple) else [value]:
-                if isinstance(inner, ClosedJaxpr):
-                    yield from _consts(inner)
-                elif isinstance(inner, Jaxpr):
-                    yield from _consts(ClosedJaxpr(inner, []))
+            for one in value if isinstance(value, tuple) else [value]:
+                if isinstance(one, Jaxpr) or _is_closed(one):
+                    yield from _consts(one)
+
+
+def _is_closed(inner: Any) -> bool:
+    """Whether a jaxpr has its constants with it: a class of its own in JAX 0.10, any jaxpr in 0.12."""
+    return hasattr(inner, "jaxpr") and hasattr(inner, "consts")
 
 
 def _numbers(array: Any) -> np.ndarray[Any, Any]:
@@ -85,7 +89,7 @@ class _Run:
         if name == "cond":
             branches = [self.closed(branch, given[1:]) for branch in params["branches"]]
             return [self.record.combined([given[0], *found], shape) for *found, shape in zip(*branches, shapes, strict=True)]
-        if inner := [value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]:
+        if inner := [value for value in params.values() if isinstance(value, Jaxpr) or _is_closed(value)]:
             return self._called(inner, given, shapes)
         if name == "dot_general":
             sums, batch = params["dimension_numbers"]
@@ -135,15 +139,15 @@ class _Run:
 
     def _called(self, inner: list[Any], given: list[Value], shapes: list[Sequence[int]]) -> list[Value]:
         """A function in a function; the first is the one that computes, others its derivatives."""
-        jaxpr = inner[0].jaxpr if isinstance(inner[0], ClosedJaxpr) else inner[0]
+        jaxpr = inner[0].jaxpr if _is_closed(inner[0]) else inner[0]
         if len(jaxpr.invars) == len(given) and len(jaxpr.outvars) == len(shapes):
             return self.closed(inner[0], given)
         self.record.lost |= {self.record.keys[node][0] for value in given for node, _ in value.parts}
         return [self.record.combined(given, shape) for shape in shapes]
 
-    def closed(self, inner: ClosedJaxpr | Jaxpr, given: Sequence[Value]) -> list[Value]:
+    def closed(self, inner: Any, given: Sequence[Value]) -> list[Value]:
         """The results of a function with its constants."""
-        if isinstance(inner, Jaxpr):
+        if not _is_closed(inner):
             return self._jaxpr(inner, [Value()] * len(inner.constvars), given)
         return self._jaxpr(inner.jaxpr, [Value(is_data=id(const) in self.data) for const in inner.consts], given)
 
