@@ -61,7 +61,7 @@ def convert_module(source: Any, model: Any, mapping: Any = None, *, ignore: Sequ
     """
     weights, tree = weights_of(source), with_arrays(model)
     runs = Runs(agrees) if agrees is not None else None
-    found, doubts = _fitted(weights, tree, mapping, ignore, runs)
+    found, doubts = fitted(weights, tree, mapping, ignore, runs)
     if found.problems:
         raise InputError(UNFIT, found.problems)
     too_large: dict[str, int] = {}
@@ -89,17 +89,9 @@ def propose_mapping(source: Any, model: Any, *, ignore: Sequence[str] = (), agre
     return offered(weights, tree, ignore, Runs(agrees) if agrees is not None else None).text(tree, ignore)
 
 
-def fitted(weights: Weights, tree: Tree, mapping: Any, ignore: Sequence[str], runs: Runs | None) -> Resolved:
-    """The moves of a mapping, or of what is proposed where there is none, with every problem there is; warns of what is in doubt. Raises
-    ConfigError for a mapping that cannot be read."""
-    found, doubts = _fitted(weights, tree, mapping, ignore, runs)
-    for doubt in doubts:
-        warnings.warn(doubt, UserWarning, stacklevel=2)
-    return found
-
-
-def _fitted(weights: Weights, tree: Tree, mapping: Any, ignore: Sequence[str], runs: Runs | None) -> tuple[Resolved, list[str]]:
-    """The moves, and where nothing is wrong with them what is in doubt."""
+def fitted(weights: Weights, tree: Tree, mapping: Any, ignore: Sequence[str], runs: Runs | None) -> tuple[Resolved, list[str]]:
+    """The moves of a mapping, or of what is proposed where there is none, with every problem there is; and where there is none, what is in
+    doubt. Raises ConfigError for a mapping that cannot be read."""
     if mapping is None:
         proposal = offered(weights, tree, ignore, runs)
         found = _certain(weights, tree, proposal, ignore, runs)

@@ -5,6 +5,7 @@ What is only moved keeps all its bits, NaN payloads included. Where the model's 
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,8 +77,8 @@ def gaps(moves: Sequence[Bound], shapes: Mapping[str, Sequence[int]]) -> dict[st
     """The arrays that are not filled once, each with what is wrong: nothing fills them, or a part twice, or a part not at all."""
     counts: dict[str, Array] = {}
     filled: dict[str, int] = {}
-    shared = [name for move in moves for name, _ in move.target.keys()]
-    twice = {name for name in shared if shared.count(name) > 1}
+    shared = Counter(name for move in moves for name, _ in move.target.keys())
+    twice = {name for name, count in shared.items() if count > 1}
     for move in moves:
         per_array = move.size // math.prod(move.target.named.values())
         for name, index in move.target.keys():

@@ -10,7 +10,6 @@ What comes back are plain values, of which `shardconv.porting.planned` makes a p
 
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -122,16 +121,15 @@ def made(asked: Asked) -> Made:
     from shardconv.porting.sources import weights_in
 
     (tree, notes), weights = _opened(asked.layout), weights_in(asked.source)
-    with warnings.catch_warnings(record=True, action="always", category=UserWarning) as doubts:
-        found = fitted(weights, tree, asked.mapping, asked.ignore, None)
+    found, doubts = fitted(weights, tree, asked.mapping, asked.ignore, None)
     if asked.mapping is None:  # what is proposed and then run, nobody has looked at
         remedy = "`shardconv init` writes a mapping to complete; give it as target.mapping"
-        found.problems += [Problem(str(doubt.message), remedy) for doubt in doubts]
+        found.problems += [Problem(doubt, remedy) for doubt in doubts]
     if found.problems:
         raise InputError(UNFIT, found.problems)
     order = {name: place for place, name in enumerate(tree.leaves)}  # the model's, so that a plan is the same in every process
     moves = sorted(found.moves, key=lambda one: (min(order[name] for name, _ in one.target.keys()), one.move.into, str(one.move)))
-    return Made(targets(tree), tuple(dict.fromkeys(one.move for one in moves)), (*notes, *(str(doubt.message) for doubt in doubts)))
+    return Made(targets(tree), tuple(dict.fromkeys(one.move for one in moves)), (*notes, *doubts))
 
 
 def proposed(asked: Asked) -> Proposed:
